@@ -1,0 +1,1 @@
+"""Configuration: schema, presets and derived values, files and overrides. Works without torch."""

@@ -1,0 +1,82 @@
+"""The run configuration: which model, on which text, trained how.
+
+A field that is None is derived (config/presets.py) before the run starts; the run folder's `config.yaml` has no gaps.
+"""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from kiem.config.model import Config, ModelConfig
+
+
+class Source(Config):
+    """Where text comes from, and how much of it."""
+
+    path: str = Field(min_length=1, description="file, folder, glob, '-' (standard input), 'python' (the Python standard "
+                      "library of this machine), or 'hf:NAME' (Hugging Face datasets, needs kiem[hub])")
+    weight: float = Field(1.0, gt=0.0, le=1e6, description="share of the training tokens, relative to the other sources")
+    text_key: str = Field("text", min_length=1, description="field or column of the text in JSONL, Parquet, datasets")
+
+
+class DataConfig(Config):
+    """Text and how it becomes tokens."""
+
+    sources: list[Source] = Field(default_factory=lambda: [Source(path="python")], min_length=1, max_length=1000)
+    validation: list[Source] | None = Field(None, description="text for evaluation; default: held out from the sources")
+    validation_fraction: float = Field(0.01, gt=0.0, lt=1.0, description="share of the documents held out, by content")
+    tokenizer: str = Field("bpe", min_length=1, description="bpe (trained on the text), bytes, chars, a tokenizer.json, "
+                           "or a folder with vocab.json and merges.txt")
+    tokenizer_vocab_size: int | None = Field(None, ge=258, le=1_000_000, description="entries of a trained bpe tokenizer")
+    on_bad_text: Literal["skip", "replace", "error"] = Field(
+        "skip", description="a document that is not valid UTF-8: left out, read with U+FFFD in place of bad bytes, or refused")
+    cross_document_attention: bool = Field(False, description="let packed documents see the ones before them")
+
+
+class TrainConfig(Config):
+    """The optimisation. Sizes are in tokens; learning rates are functions of tokens seen, never of steps."""
+
+    tokens: int | None = Field(None, ge=1, le=10**15, description="tokens to train on in all")
+    batch_tokens: int | None = Field(None, ge=2, le=10**9, description="tokens per update")
+    micro_batch_tokens: int | None = Field(None, ge=2, le=10**9, description="tokens per forward pass; the rest accumulates")
+    optimizer: Literal["muon", "adamw"] = Field("muon", description="muon: Muon for matrices, AdamW for the rest")
+    lr: float | None = Field(None, gt=0.0, le=10.0, description="peak learning rate of AdamW")
+    matrix_lr: float | None = Field(None, gt=0.0, le=10.0, description="peak learning rate of Muon; only with optimizer muon")
+    weight_decay: float | None = Field(None, ge=0.0, le=10.0, description="decoupled, on matrices only")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    max_grad_norm: float = Field(1.0, ge=0.0, le=1e6, description="clip the gradient's global norm to this; 0 is off")
+    warmup_tokens: int | None = Field(None, ge=0, description="linear rise of the learning rate from 0")
+    cooldown_tokens: int | None = Field(None, ge=0, description="fall of the learning rate at the end")
+    cooldown: Literal["none", "linear", "cosine"] = Field("linear", description="shape of the fall")
+    final_lr_fraction: float = Field(0.0, ge=0.0, le=1.0, description="of the peak learning rate, at the last token")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the processor has it")
+    compile: bool = Field(False, description="torch.compile the model: a start of seconds to minutes for a faster step")
+    activation_checkpointing: bool = Field(False, description="recompute each block in backward: less memory, more time")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations on held-out text")
+    eval_tokens: int | None = Field(None, ge=1, description="at most so many held-out tokens in an evaluation on the way")
+    sample_every: int | None = Field(None, ge=1, description="steps between samples")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, le=10_000, description="newest checkpoints that stay on disk")
+    tensorboard: bool = Field(False, description="also write TensorBoard files (needs kiem[tensorboard])")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TrainConfig":
+        if self.optimizer == "adamw" and self.matrix_lr is not None:
+            raise ValueError("matrix_lr has no effect with optimizer 'adamw': remove it, or set optimizer: muon")
+        if self.cooldown == "none" and self.cooldown_tokens:
+            raise ValueError("cooldown_tokens has no effect with cooldown 'none'")
+        if self.batch_tokens and self.micro_batch_tokens and self.batch_tokens % self.micro_batch_tokens:
+            raise ValueError(f"batch_tokens {self.batch_tokens} is not a multiple of micro_batch_tokens {self.micro_batch_tokens}")
+        return self
+
+
+class RunConfig(Config):
+    """Everything that decides a run. Two runs with equal RunConfig and equal text are equal bit for bit on one machine."""
+
+    model: ModelConfig | None = Field(None, description="the model; or use depth")
+    depth: int | None = Field(None, ge=1, le=128, description="the dial: layers of the default family; sets everything else")
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    seed: int = Field(0, ge=0, lt=2**63, description="of initial weights, data order, dropout and samples")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU if there is one")
