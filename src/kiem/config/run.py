@@ -50,6 +50,8 @@ class TrainConfig(Config):
     cooldown_tokens: int | None = Field(None, ge=0, description="fall of the learning rate at the end")
     cooldown: Literal["none", "linear", "cosine"] = Field("linear", description="shape of the fall")
     final_lr_fraction: float = Field(0.0, ge=0.0, le=1.0, description="of the peak learning rate, at the last token")
+    init: Literal["gpt2", "zero_output"] | None = Field(
+        None, description="initial weights: as GPT-2, or blocks that begin as the identity; default zero_output with muon")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the processor has it")
     compile: bool = Field(False, description="torch.compile the model: a start of seconds to minutes for a faster step")
     activation_checkpointing: bool = Field(False, description="recompute each block in backward: less memory, more time")

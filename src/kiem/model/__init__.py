@@ -1,0 +1,1 @@
+"""The transformer: one class for every family; the config decides."""

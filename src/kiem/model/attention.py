@@ -1,0 +1,79 @@
+"""Causal self-attention with grouped queries, rotary positions, and packed documents.
+
+Shapes: B batch, T time (queries), S time (keys), D embedding, H heads, G key-value heads, K head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kiem.config.model import ModelConfig
+from kiem.model.cache import Cache
+from kiem.model.layers import Linear, RMSNorm
+from kiem.ops.rotary import rotate
+
+
+def rotary_tables(positions_BT: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * base^(-2i/K), each (B, T, 1, K/2): Su et al. 2021, arXiv:2104.09864. Angles in float32."""
+    index = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device)
+    angle_BTK = positions_BT[:, :, None].float() * base ** (-index / head_dim)
+    return angle_BTK.cos()[:, :, None].to(dtype), angle_BTK.sin()[:, :, None].to(dtype)
+
+
+def document_mask(docs_BT: Tensor) -> Tensor | None:
+    """(B, 1, T, T), True where a query may look: the same document, not later. None when every row is one document."""
+    if bool((docs_BT == docs_BT[:, :1]).all()):
+        return None
+    same_BTT = docs_BT[:, :, None] == docs_BT[:, None, :]
+    return same_BTT.tril_()[:, None]
+
+
+def cache_mask(cache: Cache, n_queries: int) -> Tensor | None:
+    """(B, 1, T, S), True where a query may look: valid slots not later than its own. None when that is plain causal."""
+    valid_BS = cache.valid_BS[:, : cache.length]
+    if bool(valid_BS.all()) and (n_queries == 1 or n_queries == cache.length):
+        return None
+    slots_S = torch.arange(cache.length, device=valid_BS.device)
+    causal_TS = slots_S[None, :] <= slots_S[-n_queries:, None]
+    # A padded query sees itself, so that no row of the softmax is empty; nobody reads its output.
+    own_TS = slots_S[None, :] == slots_S[-n_queries:, None]
+    return ((causal_TS & valid_BS[:, None, :]) | own_TS)[:, None]
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(K)) v over the positions a query may see."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        D, K, bias = config.emb_dim, config.head_dim, config.qkv_bias
+        self.layer, self.n_heads, self.n_kv_heads, self.head_dim = layer, config.n_heads, config.n_kv_heads, K
+        self.drop_rate = config.drop_rate
+        self.q = Linear(D, config.n_heads * K, bias=bias)
+        self.k = Linear(D, config.n_kv_heads * K, bias=bias)
+        self.v = Linear(D, config.n_kv_heads * K, bias=bias)
+        self.out = Linear(config.n_heads * K, D, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(K, config.norm_eps)
+            self.k_norm = RMSNorm(K, config.norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q_BTHK = self.q(x_BTD).view(B, T, self.n_heads, self.head_dim)
+        k_BTGK = self.k(x_BTD).view(B, T, self.n_kv_heads, self.head_dim)
+        v_BTGK = self.v(x_BTD).view(B, T, self.n_kv_heads, self.head_dim)
+        if self.qk_norm:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        if rotary is not None:
+            q_BTHK, k_BTGK = rotate(q_BTHK, *rotary), rotate(k_BTGK, *rotary)
+        q_BHTK, k_BGSK, v_BGSK = (h.transpose(1, 2) for h in (q_BTHK, k_BTGK, v_BTGK))
+        if cache is not None:
+            k_BGSK, v_BGSK = cache.extend(self.layer, k_BGSK, v_BGSK)
+        o_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BGSK, v_BGSK,
+            attn_mask=mask,
+            dropout_p=self.drop_rate if self.training else 0.0,
+            is_causal=mask is None and T > 1,
+            enable_gqa=self.n_kv_heads != self.n_heads,
+        )
+        return self.out(o_BHTK.transpose(1, 2).reshape(B, T, self.n_heads * self.head_dim))

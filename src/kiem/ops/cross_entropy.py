@@ -1,0 +1,74 @@
+"""Cross-entropy of a linear head, without ever holding the full logits.
+
+Shapes: N positions, D embedding, V vocabulary.
+
+The logits of N positions are N*V numbers: for GPT-2 at 2x1024 tokens 412 MB, held up to four times (logits, log-softmax,
+and a gradient of each). Here rows are taken a chunk at a time, and the gradient of a chunk is made while its logits are at hand:
+softmax minus one-hot, times the head, forward and backward in three matrix products, none repeated.
+(The idea: Wijmans et al. 2024, arXiv:2411.09009, and Hsu et al. 2024, arXiv:2410.10989.)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+CHUNK_ELEMENTS = 1 << 24  # of logits in one chunk (64 MiB in float32): measured flat from 2^22 to 2^25 on CPU
+
+
+def linear_cross_entropy_plain(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """The definition: sum over positions with a target of -log softmax(x @ weight.T)[target], in nats, in float32."""
+    logits_NV = F.linear(x_ND, weight_VD.to(x_ND.dtype)).float()
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction="sum")
+
+
+def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Sum of the cross-entropy in nats over positions whose target is not -100, as a float32 scalar.
+
+    x_ND: features, any float type; weight_VD: head; targets_N: int64. Equal to linear_cross_entropy_plain up to
+    the order of summation. Differentiable once in x_ND and weight_VD.
+    """
+    return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        dtype, vocab_size = x_ND.dtype, weight_VD.shape[0]
+        w_VD = weight_VD.to(dtype)
+        need_x, need_w = ctx.needs_input_grad[:2]
+        grad_x_ND = torch.empty_like(x_ND) if need_x else None
+        grad_w_VD = torch.zeros_like(weight_VD) if need_w else None
+        loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+        rows = max(1, CHUNK_ELEMENTS // vocab_size)
+        for start in range(0, x_ND.shape[0], rows):
+            part = slice(start, start + rows)
+            x_nD, targets_n1 = x_ND[part], targets_N[part, None]
+            logits_nV = F.linear(x_nD, w_VD).float()
+            lse_n1 = logits_nV.logsumexp(1, keepdim=True)
+            valid_n1 = targets_n1 != IGNORE
+            index_n1 = targets_n1.clamp_min(0)
+            loss += ((lse_n1 - logits_nV.gather(1, index_n1)) * valid_n1).sum()
+            if not (need_x or need_w):
+                continue
+            grad_nV = logits_nV.sub_(lse_n1).exp_()
+            grad_nV.scatter_add_(1, index_n1, torch.full_like(lse_n1, -1.0))
+            if not bool(valid_n1.all()):
+                grad_nV.mul_(valid_n1)
+            grad_nV = grad_nV.to(dtype)
+            if need_x:
+                torch.mm(grad_nV, w_VD, out=grad_x_ND[part])
+            if need_w:
+                if grad_w_VD.dtype == dtype:
+                    grad_w_VD.addmm_(grad_nV.T, x_nD)
+                else:
+                    grad_w_VD.add_(grad_nV.T @ x_nD)
+        ctx.save_for_backward(grad_x_ND, grad_w_VD)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        # The saved gradients are ours alone, so the outer factor is applied in place: no second copy of (V, D).
+        grad_x_ND, grad_w_VD = (None if g is None else g.mul_(grad_loss) for g in ctx.saved_tensors)
+        return grad_x_ND, grad_w_VD, None
