@@ -1,16 +1,18 @@
-"""How numbers and foreign text are written for people. One definition of each; no torch."""
+"""How numbers and foreign text are written for people: one definition of each, in ASCII, without torch."""
 
 import math
 import unicodedata
 
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 COUNT_UNITS = ("", "k", "M", "B", "T", "Q")
-UNKNOWN = "–"
+UNKNOWN = "-"
 
 
 def is_number(x: object) -> bool:
     """True for a finite int or float (a bool is not a number)."""
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    if isinstance(x, float):
+        return math.isfinite(x)
+    return isinstance(x, int) and not isinstance(x, bool) and abs(x) < 10**300  # larger ones are no float
 
 
 def _scaled(x: float, base: float, units: tuple[str, ...]) -> tuple[float, str]:
@@ -25,8 +27,8 @@ def _three_digits(x: float) -> str:
     """Three significant digits, but never fewer than the whole part has."""
     if x == 0:
         return "0"
-    whole_digits = math.floor(math.log10(abs(x)) + 1e-12) + 1
-    return f"{x:,.{min(max(3 - whole_digits, 0), 12)}f}"
+    exponent = int(f"{x:.2e}".partition("e")[2])  # after rounding: 999.9 has four digits before the point
+    return f"{x:,.{min(max(2 - exponent, 0), 12)}f}"
 
 
 def bytes_text(n: float | None) -> str:
@@ -74,8 +76,7 @@ def seconds_text(seconds: float | None) -> str:
         return UNKNOWN
     sign, seconds = ("-", -seconds) if seconds < 0 else ("", float(seconds))
     if seconds < 0.9995:
-        scale, unit = (1e3, "ms") if seconds >= 0.9995e-3 or seconds == 0 else (1e6, "µs")
-        return f"{sign}{_three_digits(seconds * scale)} {unit}"
+        return f"{sign}{_three_digits(seconds * 1e3)} ms"
     if seconds < 59.95:
         return f"{sign}{_three_digits(seconds)} s"
     whole = round(seconds)

@@ -39,12 +39,12 @@ class Sampling:
         if not is_number(t) or not (t == 0 or 1e-4 <= t <= 100):
             problems.append(f"temperature {t!r}: use 0 (always the likeliest token) or a number from 0.0001 to 100")
         if self.top_k is not None and not (is_whole(self.top_k) and self.top_k >= 1):
-            problems.append(f"top_k {self.top_k!r}: use a whole number from 1 (how many tokens to choose among), or leave it out")
+            problems.append(f"top_k {self.top_k!r}: use a whole number from 1 (of tokens to choose among), or omit it")
         if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
-            problems.append(f"top_p {self.top_p!r}: use a number above 0 and at most 1 (share of probability), or leave it out")
+            problems.append(f"top_p {self.top_p!r}: use a number above 0 and at most 1, or leave it out")
         penalty = self.repetition_penalty
         if not is_number(penalty) or not 0.01 <= penalty <= 100:
-            problems.append(f"repetition_penalty {penalty!r}: use a number from 0.01 to 100; 1 is none, above 1 repeats less")
+            problems.append(f"repetition_penalty {penalty!r}: use a number from 0.01 to 100 (1 is none)")
         if problems:
             raise ConfigError("\n".join(problems))
 
@@ -85,7 +85,7 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
 
 
 def shape_logits(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None = None) -> Tensor:
-    """Apply what `sampling` asks for. `seen_BV` (boolean, tokens that occur so far) is needed with a repetition penalty.
+    """Apply what `sampling` asks for. `seen_BV` (boolean: occurs so far) is needed with a repetition penalty.
 
     With temperature 0 only the penalty matters, because nothing else changes which token is likeliest.
     """

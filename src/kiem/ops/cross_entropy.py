@@ -45,16 +45,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             x_nD, targets_n1 = x_ND[part], targets_N[part, None]
             logits_nV = F.linear(x_nD, w_VD).float()
-            lse_n1 = logits_nV.logsumexp(1, keepdim=True)
+            top_n1 = logits_nV.amax(1, keepdim=True)
             valid_n1 = targets_n1 != IGNORE
             index_n1 = targets_n1.clamp_min(0)
-            loss += ((lse_n1 - logits_nV.gather(1, index_n1)) * valid_n1).sum()
+            target_n1 = logits_nV.gather(1, index_n1)
+            exp_nV = logits_nV.sub_(top_n1).exp_()
+            sum_n1 = exp_nV.sum(1, keepdim=True)
+            loss += ((sum_n1.log() + top_n1 - target_n1) * valid_n1).sum()
             if not (need_x or need_w):
                 continue
-            grad_nV = logits_nV.sub_(lse_n1).exp_()
-            grad_nV.scatter_add_(1, index_n1, torch.full_like(lse_n1, -1.0))
-            if not bool(valid_n1.all()):
-                grad_nV.mul_(valid_n1)
+            grad_nV = exp_nV.mul_(valid_n1 / sum_n1)
+            grad_nV.scatter_add_(1, index_n1, -valid_n1.float())
             grad_nV = grad_nV.to(dtype)
             if need_x:
                 torch.mm(grad_nV, w_VD, out=grad_x_ND[part])

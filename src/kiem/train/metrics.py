@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +112,19 @@ class JsonLines:
     """An append-only file of JSON objects, one a line. Raises StorageError when the disk does not take a line."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path, self._file = Path(path), -1
         self._open()
 
     def _open(self) -> None:
         with _storage(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.close()
             self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
 
     def append(self, record: Mapping[str, Any], sync: bool = False) -> None:
         """Write one record. With `sync` it is on the disk, not only with the operating system, when this returns."""
-        line = (json.dumps(_jsonable(record), ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+        text = json.dumps(_jsonable(record), ensure_ascii=False, allow_nan=False)
+        line = (text + "\n").encode("utf-8", "backslashreplace")
         with _storage(self.path):
             before = os.fstat(self._file).st_size
             try:
@@ -150,12 +153,13 @@ class JsonLines:
                     new.flush()
                     os.fsync(new.fileno())
                 os.chmod(name, self.path.stat().st_mode & 0o777)
-                os.close(self._file)
+                self.close()  # Windows replaces no open file
                 os.replace(name, self.path)
             except BaseException:
                 Path(name).unlink(missing_ok=True)
                 raise
-        self._open()
+            finally:
+                self._open()
 
     def close(self) -> None:
         if self._file >= 0:
@@ -240,16 +244,13 @@ def _jsonable(value: Any) -> Any:
     return "NaN" if math.isnan(x) else ("Infinity" if x > 0 else "-Infinity")
 
 
-class _storage:
+@contextmanager
+def _storage(path: Path) -> Iterator[None]:
     """Turns the operating system's refusal into a StorageError that names the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, OSError):
-            raise StorageError(f"{self.path} cannot be written: {error.strerror or error}. What was complete before is untouched; "
-                               "make room or choose another folder, then resume the run by naming its folder") from error
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror or error}. What was complete before is untouched; make room or "
+            "choose another folder, then resume the run by naming its folder"
+        ) from error

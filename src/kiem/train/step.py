@@ -25,14 +25,23 @@ class StepResult:
     lr_scale: float
 
 
-def loss_sum(model: Transformer, batch: Batch) -> torch.Tensor:
-    """Sum of the cross-entropy in nats over the batch's valid targets."""
-    x_BTD = model.features(batch.tokens_BT, batch.positions_BT, batch.docs_BT)
+def loss_sum(model: Transformer, batch: Batch, documents_apart: bool = True) -> torch.Tensor:
+    """Sum of the cross-entropy in nats over the batch's valid targets.
+
+    documents_apart: attention and positions begin anew at each document; else a row is one text.
+    """
+    packing = (batch.positions_BT, batch.docs_BT) if documents_apart else (None, None)
+    x_BTD = model.features(batch.tokens_BT, *packing)
     return linear_cross_entropy(x_BTD.flatten(0, 1), model.head_weight, batch.targets_BT.flatten())
 
 
 def train_step(
-    model: Transformer, optimizer: Optimizer, micro_batches: Sequence[Batch], train: TrainConfig, tokens_seen: int
+    model: Transformer,
+    optimizer: Optimizer,
+    micro_batches: Sequence[Batch],
+    train: TrainConfig,
+    tokens_seen: int,
+    documents_apart: bool = True,
 ) -> StepResult:
     """Forward and backward over all micro-batches, then one update.
 
@@ -46,7 +55,7 @@ def train_step(
     optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float32, device=device)
     for batch in micro_batches:
-        loss = loss_sum(model, batch) / valid.float()
+        loss = loss_sum(model, batch, documents_apart) / valid.float()
         loss.backward()
         total += loss.detach()
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -1,0 +1,1 @@
+"""Text becomes batches: sources, tokenizer, shards, order, loader. Only loader.py imports torch."""

@@ -1,0 +1,335 @@
+"""Text becomes shards of tokens: cached by content, continued after an interruption, in bounded memory.
+
+1. The digests of all contents, with the tokenizer and the options, name a folder of the cache. If it has a manifest,
+   that is it.
+2. One pass over the text (holdout.py) finds what is held out and samples text for the tokenizer.
+3. Each source is tokenized in order into shards. A shard's note is written after the shard, and says where the next
+   begins: a second call after an interruption keeps every shard with a note, and the result is the same byte for byte.
+4. The manifest is written last.
+
+The tokenizers library encodes on all cores in threads of its own while this process reads ahead. There are no worker
+processes, so it works from a script without a `__main__` guard and from a notebook.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+from filelock import FileLock
+
+from kiem.config.run import DataConfig, Source
+from kiem.data.formats import ChangedError, Item, Problem, Rule, read_item
+from kiem.data.holdout import TRAIN, VALIDATION, HoldOut, Piece, Sample, Scan, scan_source, split_item
+from kiem.data.shards import (
+    FORMAT,
+    MANIFEST,
+    Dataset,
+    ShardWriter,
+    check_shard,
+    open_dataset,
+    token_type,
+    write_json,
+    write_manifest,
+)
+from kiem.data.sources import list_items
+from kiem.data.tokenizer import Tokenizer, bytes_tokenizer, chars_tokenizer, train_bpe
+from kiem.errors import DataError, StorageError
+
+VERSION = 1  # raise it when the same text and options give other tokens: it is part of the cache's key
+SHARD_BYTES = 64 * 1024 * 1024
+SHARD_DOCUMENTS = 1_000_000  # documents a shard has at most, so that its list of them stays small
+BATCH_CHARACTERS = 512 * 1024  # for each core: text that is encoded at once
+SHOW_EVERY = 1024 * 1024  # bytes of text between calls of `progress`
+MOST_PROBLEMS = 1000  # problems kept in the report; all are counted
+SCAN = "scan.json"
+NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOTDIR, errno.EEXIST}
+
+Progress = Callable[[int, int, int], None]
+
+
+@dataclass
+class _Job:
+    """What is to be prepared: text sources and then validation sources, each with its items."""
+
+    sources: list[Source]
+    items: list[list[Item]]
+    n_train: int
+    data: DataConfig
+    vocab_size: int
+    tokenizer: Tokenizer | None  # None: made from the text
+    seed: int
+
+    def hold_out(self, source: int) -> HoldOut:
+        rule = "all" if source >= self.n_train else "hash" if self.data.validation is None else "none"
+        return HoldOut(rule, self.data.validation_fraction, self.seed)
+
+    def options(self) -> dict:
+        """Everything but the text that decides the tokens."""
+        trained = self.tokenizer is None
+        return {"version": VERSION, "tokenizer": self.data.tokenizer if trained else self.tokenizer.digest,
+                "vocab_size": self.vocab_size if self.data.tokenizer == "bpe" else None,
+                "text_keys": [source.text_key for source in self.sources], "train_sources": self.n_train,
+                "validation_fraction": self.data.validation_fraction if self.data.validation is None else None,
+                "on_bad_text": self.data.on_bad_text, "seed": self.seed}
+
+    def key(self) -> str:
+        contents = [[[item.kind, item.digest] for item in items] for items in self.items]
+        return hashlib.sha256(json.dumps([FORMAT, self.options(), contents]).encode()).hexdigest()[:32]
+
+
+def prepare(data: DataConfig, vocab_size: int, seed: int, cache: Path, progress: Progress | None = None,
+            tokenizer_only: bool = False) -> Dataset:
+    """The tokens of the configured text, made now or taken from `cache`.
+
+    `vocab_size`: entries of a bpe tokenizer that is trained here; other tokenizers have their own. `progress(documents,
+    bytes, tokens)` is called with totals. `tokenizer_only`: stop when there is a tokenizer; then `train` is empty and
+    `validation` None. Raises DataError for text or a tokenizer that cannot be used, StorageError for a full disk.
+    """
+    sources = [*data.sources, *(data.validation or [])]
+    with _storage(cache):
+        tokenizer = None
+        if data.tokenizer == "bytes":
+            tokenizer = bytes_tokenizer()
+        elif data.tokenizer not in ("bpe", "chars"):
+            tokenizer = Tokenizer.load(data.tokenizer)
+        job = _Job(sources, [list_items(source, cache) for source in sources], len(data.sources), data, vocab_size,
+                   tokenizer, seed)
+        weights = [source.weight for source in data.sources]
+        names = [source.path for source in sources]
+        folder = Path(cache) / "data" / job.key()
+        with suppress(DataError):  # not there, or damaged
+            return open_dataset(folder, weights, names)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if (folder / MANIFEST).exists():
+                with suppress(DataError):  # another process has made it while this one waited
+                    return open_dataset(folder, weights, names)
+                shutil.rmtree(folder)  # damaged: it is made again from the text
+            folder.mkdir(exist_ok=True)
+            try:
+                scans, problems, tokenizer = _scan(job, folder)
+                if tokenizer_only:
+                    return Dataset(folder, "", tokenizer, [], None, _report(job, scans, problems, [], []))
+                _encode(job, folder, scans, problems, tokenizer, progress)
+            except ChangedError:
+                shutil.rmtree(folder)  # what is there was made from text that is no more
+                raise
+            return open_dataset(folder, weights, names)
+
+
+@contextmanager
+def _storage(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NOT_WRITABLE:
+            raise StorageError(
+                f"{error.filename or cache}: {error.strerror}. The tokens of the text are kept in {cache}: make room "
+                "there or choose another folder. What is complete stays, and preparing goes on from it.") from None
+        raise
+
+
+# -- the pass over the text --------------------------------------------------------------------------------------------
+
+class _Problems:
+    """Counts all problems, keeps the first ones."""
+
+    def __init__(self) -> None:
+        self.count, self.first = 0, []
+
+    def __call__(self, problem: Problem) -> None:
+        self.count += 1
+        if len(self.first) < MOST_PROBLEMS:
+            self.first.append(asdict(problem))
+
+
+def _scan(job: _Job, folder: Path) -> tuple[list[Scan], _Problems, Tokenizer]:
+    """The scan of each source, and the tokenizer; both kept in the folder."""
+    problems, note = _Problems(), folder / SCAN
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+        problems.count, problems.first = known["n_problems"], known["problems"]
+        scans = [Scan(**scan | {"cut": scan["cut"] and tuple(scan["cut"])}) for scan in known["scans"]]
+        return scans, problems, Tokenizer.load(folder / "tokenizer")
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        problems = _Problems()
+    sample, characters, scans = Sample(), set(), []
+    bad = Rule(job.data.on_bad_text, problems)
+    for number, (source, items) in enumerate(zip(job.sources, job.items, strict=True)):
+        before = problems.count
+        scans.append(scan_source(
+            items, source.text_key, bad, job.hold_out(number), number,
+            sample if job.data.tokenizer == "bpe" and number < job.n_train else None,
+            characters.update if job.data.tokenizer == "chars" else None))
+        if not scans[-1].documents:
+            first = problems.first[before : before + 1]
+            because = f" ({problems.count - before} problems, the first: {Problem(**first[0])})" if first else ""
+            raise DataError(f"source {source.path}: no text in it that can be used{because}")
+    tokenizer = job.tokenizer
+    if job.data.tokenizer == "bpe":
+        tokenizer = train_bpe(sample.training_texts(scans), job.vocab_size)
+    elif job.data.tokenizer == "chars":
+        tokenizer = chars_tokenizer(characters)
+    tokenizer.save(folder / "tokenizer")
+    write_json(note, {"scans": [asdict(scan) for scan in scans], "problems": problems.first,
+                      "n_problems": problems.count})
+    return scans, problems, tokenizer
+
+
+class _Counter:
+    """Adds up documents, bytes and tokens, and shows them now and then."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress, self.totals, self._shown = progress, [0, 0, 0], 0
+
+    def add(self, *more: int) -> None:
+        self.totals = [total + new for total, new in zip(self.totals, more, strict=True)]
+        if self.totals[1] >= self._shown + SHOW_EVERY:
+            self.show()
+
+    def show(self) -> None:
+        self._shown = self.totals[1]
+        if self.progress:
+            self.progress(*self.totals)
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+def _encode(job: _Job, folder: Path, scans: list[Scan], problems: _Problems, tokenizer: Tokenizer,
+            progress: Progress | None) -> None:
+    """Tokenize every source and write the manifest."""
+    counter = _Counter(progress)
+    shards = [_encode_source(job, number, folder, scan, tokenizer, counter) for number, scan in enumerate(scans)]
+    counter.show()
+    train = [[s[TRAIN] for s in source if s[TRAIN]["tokens"]] for source in shards[: job.n_train]]
+    validation = [s[VALIDATION] for source in shards for s in source if s[VALIDATION]["tokens"]]
+    report = _report(job, scans, problems, train, validation)
+    write_manifest(folder, train, validation, tokenizer, job.options(), report)
+    wanted = {name for shard in chain(*train, validation) for name in shard["files"]} | {MANIFEST, "tokenizer"}
+    for path in folder.iterdir():
+        if path.name not in wanted:
+            path.unlink()
+
+
+def _encode_source(job: _Job, number: int, folder: Path, scan: Scan, tokenizer: Tokenizer,
+                   counter: "_Counter") -> list[list[dict]]:
+    """The shards of one source, each with a training and a validation part."""
+    done, start, ended = [], (0, 0), False
+    while not ended and (note := _read_note(folder, number, len(done))):
+        done.append(note["shards"])
+        start, ended = tuple(note["next"]), note["ended"]
+        for shard in note["shards"]:
+            counter.add(shard["documents"], shard["bytes"], shard["tokens"])
+    encoded = _encoded(tokenizer, _places(job, number, scan, start))
+    last = number == len(job.sources) - 1
+    while not ended:
+        pair = [ShardWriter(folder, f"{side}-{number:03d}-{len(done):05d}", token_type(tokenizer.vocab_size))
+                for side in ("train", "validation")]
+        try:
+            start, ended = _fill(pair, encoded, tokenizer, start, counter)
+            if ended:  # the end of text that the last document of a split is followed by
+                for side, writer in enumerate(pair):
+                    if (number < job.n_train) if side == TRAIN else last:
+                        writer.start(tokenizer.eot_id)
+                        counter.add(0, 0, 1)
+            done.append([writer.close() for writer in pair])
+        except BaseException:
+            for writer in pair:
+                writer.abandon()
+            raise
+        write_json(folder / _note_name(number, len(done) - 1), {"shards": done[-1], "next": start, "ended": ended})
+    if sum(shard["bytes"] for pair in done for shard in pair) != scan.bytes:
+        raise ChangedError(f"source {job.sources[number].path}: changed while it was read, or cannot be read any more. "
+                           "Run again when nothing writes to it.")
+    return done
+
+
+def _fill(pair: list[ShardWriter], encoded: Iterator, tokenizer: Tokenizer, place: tuple[int, int],
+          counter: "_Counter") -> tuple[tuple[int, int], bool]:
+    """Write pieces until a shard is full or the source ends; (place of the next piece, whether it ended)."""
+    for place, piece, ids in encoded:
+        writer, n_bytes = pair[piece.side], len(piece.text.encode())
+        if piece.starts:
+            writer.start(tokenizer.eot_id, piece.origin)
+        writer.add(ids, n_bytes)
+        counter.add(int(piece.starts), n_bytes, len(ids) + piece.starts)
+        if writer.n_tokens * writer.dtype.itemsize >= SHARD_BYTES or writer.n_documents >= SHARD_DOCUMENTS:
+            return (place[0], place[1] + 1), False
+    return place, True
+
+
+def _note_name(source: int, shard: int) -> str:
+    return f"note-{source:03d}-{shard:05d}.json"
+
+
+def _read_note(folder: Path, source: int, shard: int) -> dict | None:
+    try:
+        note = json.loads((folder / _note_name(source, shard)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note if all(check_shard(folder, part) for part in note["shards"]) else None
+
+
+def _places(job: _Job, number: int, scan: Scan, start: tuple[int, int]) -> Iterator[tuple[tuple[int, int], Piece]]:
+    """Pieces of a source from place (item, piece of it) on."""
+    quiet = Rule("skip" if job.data.on_bad_text == "error" else job.data.on_bad_text, lambda problem: None)
+    for index in range(start[0], len(job.items[number])):
+        item = job.items[number][index]
+        documents = read_item(item, job.sources[number].text_key, quiet)
+        for count, piece in enumerate(split_item(index, documents, scan, job.hold_out(number))):
+            if (index, count) >= start:
+                yield (index, count), piece
+
+
+def _encoded(tokenizer: Tokenizer, pieces: Iterator[tuple[tuple[int, int], Piece]]) -> Iterator[tuple]:
+    """(place, piece, ids): one batch is encoded while the next is read."""
+    size = BATCH_CHARACTERS * min(64, max(2, os.cpu_count() or 1))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for batch in _batches(pieces, size):
+            job = pool.submit(tokenizer.encode_arrays, [piece.text for _, piece in batch])
+            if waiting:
+                yield from _joined(*waiting)
+            waiting = batch, job
+        if waiting:
+            yield from _joined(*waiting)
+
+
+def _joined(batch: list, job: object) -> Iterator[tuple]:
+    for (place, piece), ids in zip(batch, job.result(), strict=True):
+        yield place, piece, ids
+
+
+def _batches(pieces: Iterator, size: int) -> Iterator[list]:
+    batch, characters = [], 0
+    for place, piece in pieces:
+        batch.append((place, piece))
+        characters += len(piece.text) + 64
+        if characters >= size:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _report(job: _Job, scans: list[Scan], problems: _Problems, train: list[list[dict]], validation: list[dict]) -> dict:
+    """What was found, in numbers; the same for the same text whenever and wherever it is made."""
+    def total(shards: list[dict]) -> dict:
+        return {key: sum(shard[key] for shard in shards) for key in ("documents", "bytes", "tokens")}
+
+    sources = [{"path": source.path, "files": len(items), "documents": scan.documents, "bytes": scan.bytes,
+                "held_out": scan.describe()}
+               for source, items, scan in zip(job.sources, job.items, scans, strict=True)]
+    for source, shards in zip(sources, train, strict=False):
+        source["training"] = total(shards)
+    return {**total([*chain(*train), *validation]), "training": total([*chain(*train)]),
+            "validation": total(validation), "sources": sources, "problems": problems.first,
+            "n_problems": problems.count}

@@ -1,0 +1,342 @@
+"""Tokens on disk: shards, document offsets and a manifest, written last. A folder without a manifest is not data.
+
+    manifest.json       what there is, with the size and SHA-256 of every file; its own checksum; the report
+    tokenizer/          tokenizer.json
+    NAME.bin            flat little-endian uint16 (vocabularies up to 65,536) or uint32 token ids, about 64 MiB
+    NAME.docs           uint32: where in this shard its documents begin
+    NAME.names.zst      one line for each document: where its text came from
+"""
+
+import array
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from kiem.data.tokenizer import Tokenizer
+from kiem.errors import DataError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+NOT_HELD_OUT = "none of it"  # in the report: of a source beside which there is validation text
+VERIFY_UP_TO = 1 << 30  # bytes: a larger data set is opened by size, and checked in full on request
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """uint16 or uint32, little-endian."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+class ShardWriter:
+    """Writes one shard. Its files have a temporary name until `close`."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
+        self.folder, self.name, self.dtype = folder, name, dtype
+        self.n_tokens = self.n_bytes = 0
+        self._starts, self._names = array.array("L"), []
+        self._file = open(folder / f"{name}.bin.tmp", "wb")  # noqa: SIM115, closed by close or abandon
+
+    @property
+    def n_documents(self) -> int:
+        return len(self._starts)
+
+    def start(self, eot_id: int, origin: str | None = None) -> None:
+        """The end of text; with an origin it begins a document, without one it ends the split."""
+        if origin is not None:
+            self._starts.append(self.n_tokens)
+            self._names.append(origin.replace("\n", " "))
+        self.add(np.array([eot_id]), 0)
+
+    def add(self, ids: np.ndarray, n_bytes: int) -> None:
+        """Tokens of `n_bytes` bytes of text."""
+        self._file.write(ids.astype(self.dtype).tobytes())
+        self.n_tokens += len(ids)
+        self.n_bytes += n_bytes
+
+    def close(self) -> dict[str, Any]:
+        """Make the files durable under their names; what the manifest says of this shard. No tokens: no files."""
+        if not self.n_tokens:
+            self._file.close()
+            os.unlink(self._file.name)
+            return {"name": self.name, "tokens": 0, "documents": 0, "bytes": 0, "files": {}}
+        _close_durably(self._file)
+        temporary = {"bin": Path(self._file.name)}
+        names = "".join(f"{name}\n" for name in self._names).encode("utf-8", "surrogateescape")
+        for suffix, data in (("docs", np.array(self._starts, "<u4").tobytes()),
+                             ("names.zst", zstandard.ZstdCompressor().compress(names))):
+            temporary[suffix] = self.folder / f"{self.name}.{suffix}.tmp"
+            with open(temporary[suffix], "wb") as file:
+                file.write(data)
+                _close_durably(file)
+        files = {}
+        for suffix, path in temporary.items():
+            target = self.folder / f"{self.name}.{suffix}"
+            files[target.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            os.replace(path, target)
+        return {"name": self.name, "tokens": self.n_tokens, "documents": self.n_documents, "bytes": self.n_bytes,
+                "files": files}
+
+    def abandon(self) -> None:
+        """Stop without a shard."""
+        self._file.close()
+
+
+def _close_durably(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write through a temporary file, so that there is the whole of it or nothing."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=True)
+        _close_durably(file)
+    os.replace(temporary, path)
+    if hasattr(os, "O_DIRECTORY"):  # the rename itself is durable once the folder is
+        descriptor = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_manifest(folder: Path, train: list[list[dict]], validation: list[dict], tokenizer: Tokenizer, options: dict,
+                   report: dict) -> None:
+    """Makes the folder a data set. `train`: shards of each source; `options`: what the data was made with."""
+    body = {"format": FORMAT, "dtype": token_type(tokenizer.vocab_size).str, "tokenizer": tokenizer.digest,
+            "options": options, "train": train, "validation": validation, "report": report}
+    write_json(folder / MANIFEST, body | {"checksum": _checksum(body)})
+
+
+def _checksum(body: dict) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+def _search(file: Any, length: int, value: int) -> int:
+    """How many of the `length` sorted uint32 of a file are below `value`; reads at most 16 KiB and a few probes."""
+    low, high = 0, length
+    while high - low > 4096:
+        middle = (low + high) // 2
+        file.seek(4 * middle)
+        if int.from_bytes(file.read(4), "little") < value:
+            low = middle + 1
+        else:
+            high = middle
+    file.seek(4 * low)
+    return low + int(np.searchsorted(np.frombuffer(file.read(4 * (high - low)), "<u4"), value))
+
+
+class Split:
+    """The tokens of one source, or of the validation text, as one sequence over all its shards.
+
+    Files are opened for each read: nothing is mapped, memory does not grow with what was read, and there are no more
+    open files for more shards.
+    """
+
+    def __init__(self, folder: Path, name: str, shards: list[dict], dtype: np.dtype) -> None:
+        self.folder, self.name, self.shards, self.dtype = folder, name, shards, dtype
+        self._token_ends = list(accumulate(shard["tokens"] for shard in shards))
+        self._document_ends = list(accumulate(shard["documents"] for shard in shards))
+        self.n_tokens: int = self._token_ends[-1] if shards else 0
+        self.n_documents: int = self._document_ends[-1] if shards else 0
+        self.n_bytes: int = sum(shard["bytes"] for shard in shards)
+
+    def __repr__(self) -> str:
+        return f"Split({self.name}: {self.n_tokens:,} tokens, {self.n_documents:,} documents, {self.n_bytes:,} bytes)"
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Token ids [start, stop), uint16 or uint32 (stop - start,)."""
+        parts = self._parts(start, stop)
+        out = np.empty(stop - start, self.dtype)
+        for shard, base, first, last in parts:
+            with open(self.folder / f"{shard['name']}.bin", "rb", buffering=0) as file:
+                file.seek((first - base) * self.dtype.itemsize)
+                view = memoryview(out[first - start : last - start]).cast("B")
+                if file.readinto(view) != len(view):
+                    raise DataError(f"{file.name}: shorter than its manifest says. Delete {self.folder} and prepare "
+                                    "again.")
+        return out
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Positions in [start, stop) where a document begins (its end-of-text token), int64."""
+        found = [np.empty(0, np.int64)]
+        for shard, base, first, last in self._parts(start, stop):
+            with self._open_starts(shard) as file:
+                low = _search(file, shard["documents"], first - base)
+                file.seek(4 * low)
+                # A document has at least its end-of-text token, so no more of them fit.
+                data = file.read(4 * min(last - first, shard["documents"] - low))
+            starts = np.frombuffer(data, "<u4").astype(np.int64) + base
+            found.append(starts[starts < last])
+        return np.concatenate(found)
+
+    def document_names(self, start: int, stop: int) -> list[str]:
+        """Where the text of tokens [start, stop) came from, in order."""
+        names = []
+        for shard, base, first, last in self._parts(start, stop):
+            with self._open_starts(shard) as file:
+                low = _search(file, shard["documents"], first - base + 1) - 1
+                high = _search(file, shard["documents"], last - base)
+            before = self._document_ends[self.shards.index(shard)] - shard["documents"]
+            names += [self._name(number) for number in range(max(0, before + low), before + high)]
+        return list(dict.fromkeys(names))
+
+    def _open_starts(self, shard: dict) -> Any:
+        return open(self.folder / f"{shard['name']}.docs", "rb", buffering=0)
+
+    def _name(self, number: int) -> str:
+        index = bisect_right(self._document_ends, number)
+        shard = self.shards[index]
+        lines = _read_names(self.folder / f"{shard['name']}.names.zst")
+        return lines[number - (self._document_ends[index] - shard["documents"])]
+
+    def _parts(self, start: int, stop: int) -> list[tuple[dict, int, int, int]]:
+        """(shard, its first position, first and last position wanted) for each shard that [start, stop) touches."""
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.n_tokens} in {self.name}")
+        parts, index = [], bisect_right(self._token_ends, start)
+        while start < stop:
+            end, shard = self._token_ends[index], self.shards[index]
+            parts.append((shard, end - shard["tokens"], start, min(stop, end)))
+            start, index = end, index + 1
+        return parts
+
+
+@lru_cache(maxsize=2)
+def _read_names(path: Path) -> list[str]:
+    data = zstandard.ZstdDecompressor().decompress(path.read_bytes(), max_output_size=1 << 32)
+    return data.decode("utf-8", "surrogateescape").split("\n")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An open data set. `train`: each source with its share of the training tokens (they add up to 1).
+
+    `proportional`: no weights were given, the shares are the sources' sizes. `fingerprint` is of the tokens and the
+    tokenizer: it does not depend on where the data lies, what its files were called, or the weights. `report` has the
+    keys documents, bytes, tokens, training, validation (with its `rule`), sources, problems (a list of {origin, line,
+    what, action}, at most 1000) and n_problems (of all).
+    """
+
+    path: Path
+    fingerprint: str
+    tokenizer: Tokenizer
+    train: list[tuple[Split, float]]
+    validation: Split | None
+    report: dict[str, Any]
+    proportional: bool = True
+
+    def verify(self) -> None:
+        """Read every file and compare with its checksum; DataError names the damaged ones."""
+        _verify(self.path, _shards(self))
+
+
+def open_dataset(path: str | Path, weights: Sequence[float] | None = None,
+                 names: Sequence[str] | None = None) -> Dataset:
+    """Open prepared data. Checks the manifest, the size of every file, and up to 1 GiB their checksums (see `verify`).
+
+    `weights`: of the sources, relative; None, or all 1.0: in proportion to their tokens. `names`: what all the sources
+    are called now, in messages and in the report; the same text may have been prepared under another name.
+    """
+    path = Path(path)
+    body = _read_manifest(path)
+    tokenizer = Tokenizer.load(path / "tokenizer")
+    if tokenizer.digest != body["tokenizer"]:
+        raise DataError(f"{path / 'tokenizer'}: not the tokenizer of this data. Delete {path} and prepare again.")
+    dtype = np.dtype(body["dtype"])
+    report = _named(body["report"], names)
+    splits = [Split(path, f"source {source['path']}", shards, dtype)
+              for source, shards in zip(report["sources"], body["train"], strict=False)]
+    proportional = weights is None or all(weight == 1.0 for weight in weights)
+    if proportional:
+        weights = [split.n_tokens for split in splits]
+    elif len(weights) != len(splits):
+        raise DataError(f"{path}: {len(weights)} weights for {len(splits)} sources")
+    total = sum(weights)
+    content = [body["dtype"], body["tokenizer"], [_contents(s) for s in body["train"]], _contents(body["validation"])]
+    dataset = Dataset(path, hashlib.sha256(json.dumps(content).encode()).hexdigest(), tokenizer,
+                      [(split, weight / total) for split, weight in zip(splits, weights, strict=True)],
+                      Split(path, "validation", body["validation"], dtype), report, proportional)
+    _check_sizes(path, _shards(dataset))
+    if sum(facts["bytes"] for shard in _shards(dataset) for facts in shard["files"].values()) <= VERIFY_UP_TO:
+        dataset.verify()
+    return dataset
+
+
+def _named(report: dict, names: Sequence[str] | None) -> dict:
+    """The report with the sources' present names, and the rule of the validation text in one sentence."""
+    sources = [source | {"path": name} for source, name in
+               zip(report["sources"], names or [source["path"] for source in report["sources"]], strict=True)]
+    rule = "; ".join(f"{s['path']}: {s['held_out']}" for s in sources if s["held_out"] != NOT_HELD_OUT)
+    return report | {"sources": sources, "validation": report["validation"] | {"rule": rule}}
+
+
+def _contents(shards: list[dict]) -> list[str]:
+    return [shard["files"][f"{shard['name']}.{suffix}"]["sha256"] for shard in shards for suffix in ("bin", "docs")]
+
+
+def _shards(dataset: Dataset) -> list[dict]:
+    return [shard for split in [*(s for s, _ in dataset.train), dataset.validation] for shard in split.shards]
+
+
+def _read_manifest(path: Path) -> dict:
+    try:
+        body = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        checksum = body.pop("checksum")
+    except FileNotFoundError:
+        raise DataError(f"{path}: not prepared data (no {MANIFEST}; it is written last, so preparing did not end). "
+                        "Prepare the text again: it goes on where it stopped.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path / MANIFEST}: damaged ({error}). Delete {path} and prepare again.") from None
+    if body.get("format") != FORMAT:
+        raise DataError(f"{path}: data of format {body.get('format')!r}, this version reads format {FORMAT}. Prepare "
+                        "the text again.")
+    if checksum != _checksum(body):
+        raise DataError(f"{path / MANIFEST}: damaged (its checksum does not fit). Delete {path} and prepare again.")
+    return body
+
+
+def _check_sizes(path: Path, shards: list[dict]) -> None:
+    for shard in shards:
+        for name, facts in shard["files"].items():
+            size = (path / name).stat().st_size if (path / name).is_file() else None
+            if size != facts["bytes"]:
+                found = "missing" if size is None else f"{size:,} bytes where there should be {facts['bytes']:,}"
+                raise DataError(f"{path / name}: {found}. Delete {path} and prepare again.")
+
+
+def _verify(path: Path, shards: list[dict]) -> None:
+    _check_sizes(path, shards)
+    bad = [name for shard in shards for name, facts in shard["files"].items()
+           if _sha256(path / name) != facts["sha256"]]
+    if bad:
+        raise DataError(f"{path}: damaged: {', '.join(bad)} (checksum does not fit). Delete {path} and prepare again.")
+
+
+def check_shard(path: Path, shard: dict) -> bool:
+    """Whether a finished shard is there and whole."""
+    try:
+        _verify(path, [shard])
+    except DataError:
+        return False
+    return True

@@ -1,0 +1,248 @@
+"""A source of the configuration becomes a sorted list of items, each known by the digest of its contents.
+
+    PATH          a file, a folder with everything below it, or a glob; hidden files and binary kinds are passed over
+    -             standard input, as text
+    python        the Python standard library's source and documentation on this machine, without installed packages
+    hf:NAME[:CONFIG][:SPLIT]    a data set of the Hugging Face hub, or in the folder NAME; the split "train" by default
+
+Files end in .gz or .zst if they are compressed, in .jsonl or .parquet if they hold records; the rest is text.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kiem.config.run import Source
+from kiem.data.formats import Document, Item, Problem, Rule, kind_of, read_item
+from kiem.errors import DataError
+
+__all__ = ["Document", "Problem", "list_items", "read_documents"]
+
+# Not opened when a folder is read. What else turns out not to be text is reported and left out.
+BINARY = frozenset({
+    "7z", "a", "avif", "avi", "bin", "bmp", "bz2", "ckpt", "class", "db", "dll", "dmg", "doc", "docx", "dylib",
+    "eot", "epub", "exe", "flac", "gguf", "gif", "h5", "heic", "ico", "iso", "jar", "jpeg", "jpg", "lib", "m4a",
+    "mkv", "mo", "mov", "mp3", "mp4", "mpeg", "npy", "npz", "o", "obj", "odt", "ogg", "onnx", "otf", "pdf",
+    "pickle", "pkl", "png", "ppt", "pptx", "psd", "pt", "pth", "pyc", "pyd", "pyo", "rar", "safetensors", "so",
+    "sqlite", "sqlite3", "tar", "tgz", "tif", "tiff", "ttf", "war", "wasm", "wav", "webm", "webp", "whl", "woff",
+    "woff2", "xls", "xlsx", "xz", "zip",
+})
+REMEMBER = 64 * 1024 * 1024  # bytes: digests of files from this size on are remembered in the cache folder
+RACY = 2.0  # seconds: a file changed so shortly before it was hashed may change again within its time stamp
+
+
+def read_documents(source: Source, on_bad_text: str, report: Callable[[Problem], None],
+                   cache: Path | None = None) -> Iterator[Document]:
+    """Stream the documents of a source in its order. Raises DataError where there is nothing to read, and for every
+    problem with `on_bad_text` "error"; with "skip" and "replace", problems go to `report`."""
+    for item in list_items(source, cache):
+        yield from read_item(item, source.text_key, Rule(on_bad_text, report))
+
+
+def list_items(source: Source, cache: Path | None = None) -> list[Item]:
+    """The files or data set of a source, sorted, with the digests of their contents.
+
+    `cache`: folder for standard input and for digests of large files. Raises DataError for a missing path, an empty
+    file or folder.
+    """
+    path = source.path
+    if path.startswith("hf:"):
+        return [_dataset(path, cache)]
+    if path == "python":
+        return _without_copies(_digested(_standard_library(), cache))
+    if path == "-":
+        spooled = _spool(cache or Path(tempfile.gettempdir()))
+        return [replace(item, name="standard input") for item in _digested([(str(spooled), spooled)], cache)]
+    return _digested(_files(path), cache)
+
+
+def _files(path: str) -> list[tuple[str, Path]]:
+    """(name shown, file) for a path that a user gave."""
+    try:
+        return _found(path, Path(path).expanduser())
+    except PermissionError as error:
+        raise DataError(f"source {path}: {error.filename} cannot be read: {error.strerror}") from None
+
+
+def _found(path: str, given: Path) -> list[tuple[str, Path]]:
+    if given.is_file():
+        if given.stat().st_size == 0:
+            raise DataError(f"source {path}: the file is empty")
+        return [(str(given), given)]
+    if given.is_dir():
+        found = list(_walk(given))
+        if not found:
+            raise DataError(f"source {path}: the folder has no text files (hidden files and binary kinds such as .zip, "
+                            ".png or .pyc are passed over)")
+    elif glob.has_magic(path):
+        matches = sorted({Path(match) for match in glob.glob(str(given), recursive=True)}, key=Path.as_posix)
+        found = {file for match in matches for file in (_walk(match) if match.is_dir() else [match])}
+        if not found:
+            raise DataError(f"source {path}: no file matches this pattern in {Path.cwd()}")
+    else:
+        raise DataError(f"source {path}: no such file or folder (looked in {Path.cwd()}). A source is a file, a "
+                        "folder, a glob, '-' for standard input, 'python' for the standard library, or 'hf:NAME'.")
+    # A file that links lead to twice is read once, under its shortest name.
+    once: dict[str, Path] = {}
+    for file in sorted(found, key=lambda file: (len(file.parts), file.as_posix())):
+        once.setdefault(os.path.realpath(file), file)
+    found = sorted(once.values(), key=Path.as_posix)
+    return [(str(file), file) for file in found if not file.is_file() or file.stat().st_size]
+
+
+def _walk(folder: Path, skip: frozenset[str] = frozenset(), seen: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Files below a folder that may be text; links are followed, but not in circles."""
+    real = os.path.realpath(folder)
+    if real in seen:
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise DataError(f"folder {folder}: cannot be read: {error.strerror}") from None
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name in skip:
+            continue
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), skip, seen | {real})
+        elif entry.is_file() and entry.name.rpartition(".")[2].lower() not in BINARY:
+            yield Path(entry.path)
+
+
+def _standard_library() -> list[tuple[str, Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    if not root.is_dir():
+        raise DataError(f"source python: this Python has no folder of its standard library ({root}): give a path to "
+                        "text")
+    skip = frozenset({"site-packages", "dist-packages", "__pycache__"})
+    files = [file for file in _walk(root, skip)
+             if file.suffix in {".py", ".txt", ".rst", ".md"} and file.stat().st_size]
+    return [(f"python:{file.relative_to(root).as_posix()}", file) for file in sorted(files, key=Path.as_posix)]
+
+
+def _without_copies(items: Iterable[Item]) -> list[Item]:
+    first: dict[str, Item] = {}
+    for item in items:
+        first.setdefault(item.digest, item)
+    return list(first.values())
+
+
+@lru_cache(maxsize=8)  # standard input can be read once, its text may be asked for again
+def _spool(folder: Path) -> Path:
+    """Copy standard input into a file named by its contents."""
+    stream = getattr(sys.stdin, "buffer", None)
+    if stream is None or sys.stdin.isatty():
+        raise DataError("source -: standard input is a terminal. Pipe text into the command, or give a path.")
+    folder = folder / "stdin"
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            file.write(block)
+        size = file.tell()
+    if size == 0:
+        os.unlink(file.name)
+        raise DataError("source -: standard input is empty")
+    target = folder / f"{digest.hexdigest()[:32]}.txt"
+    os.replace(file.name, target)
+    return target
+
+
+# -- data sets ---------------------------------------------------------------------------------------------------------
+
+def _dataset(path: str, cache: Path | None) -> Item:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"source {path}: Hugging Face data sets need datasets: pip install 'kiem[hub]'") from None
+    name, config, split = _dataset_name(path)
+    try:
+        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(name)
+            if isinstance(rows, datasets.DatasetDict):
+                rows = rows[split]
+        else:
+            rows = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the library raises whatever its many readers raise
+        reason = f"it has no split {split!r}, but {sorted(rows)}" if isinstance(error, KeyError) else str(error).strip()
+        raise DataError(f"source {path}: {reason or type(error).__name__}. The form is hf:NAME[:CONFIG][:SPLIT], NAME "
+                        "being a data set of the hub or a local folder.") from None
+    if len(rows) == 0:
+        raise DataError(f"source {path}: the data set has no rows")
+    return Item(path, "dataset", None, _rows_digest(rows, cache), rows=rows)
+
+
+def _dataset_name(path: str) -> tuple[str, str | None, str]:
+    """NAME, CONFIG and SPLIT of `hf:NAME[:CONFIG][:SPLIT]`."""
+    name, *rest = path.removeprefix("hf:").split(":")
+    if not name or len(rest) > 2:
+        raise DataError(f"source {path}: the form is hf:NAME[:CONFIG][:SPLIT]")
+    local = Path(name).expanduser()
+    return str(local) if local.is_dir() else name, rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
+
+
+def _rows_digest(rows: Any, cache: Path | None) -> str:
+    """Digest of a data set: of its Arrow files, or of the rows where they are in memory or a selection of those."""
+    digest = hashlib.sha256(f"{len(rows)} {rows.column_names}".encode())
+    if rows.cache_files and rows._indices is None:
+        for entry in rows.cache_files:
+            digest.update(_file_digest(Path(entry["filename"]), cache)[0].encode())
+    else:
+        for row in rows:
+            digest.update(repr(row).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+# -- digests -----------------------------------------------------------------------------------------------------------
+
+def _digested(files: list[tuple[str, Path]], cache: Path | None) -> list[Item]:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda file: _file_digest(file[1], cache), files)
+        return [Item(name, kind_of(path.name), path, *facts) for (name, path), facts in zip(files, found, strict=True)]
+
+
+def _file_digest(path: Path, cache: Path | None) -> tuple[str, int, int]:
+    """(SHA-256 of the contents, bytes, modification time). A file that cannot be read is reported in its turn."""
+    try:
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            if stat.st_size < REMEMBER or cache is None:
+                return _sha256(file), stat.st_size, stat.st_mtime_ns
+            return _remembered(file, path, stat, cache), stat.st_size, stat.st_mtime_ns
+    except OSError as error:
+        return f"unreadable: {error.errno}", 0, 0
+
+
+def _sha256(file: BinaryIO) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remembered(file: BinaryIO, path: Path, stat: os.stat_result, cache: Path) -> str:
+    """The digest of a large file, hashed again whenever its size, times or inode are not those it was hashed with."""
+    note = cache / "digests" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.json"
+    facts = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+    try:
+        known = json.loads(note.read_text())
+        if known["facts"] == facts:
+            return known["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    settled = time.time() - max(stat.st_mtime, stat.st_ctime) > RACY
+    digest = _sha256(file)
+    if settled:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        temporary = note.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"path": str(path), "facts": facts, "sha256": digest}))
+        os.replace(temporary, note)
+    return digest

@@ -1,0 +1,40 @@
+"""The report's main facts as text with units: one wording for the terminal and the page."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from kiem.format import bytes_text, count_text, integer_text, number_text, percent_text, seconds_text
+
+
+def headline(report: dict[str, Any]) -> str:
+    """One line: how far the run came."""
+    done = f"{report['status']} at step {integer_text(report['step'])}"
+    of = f" of {integer_text(report['steps_planned'])}" if report["steps_planned"] else ""
+    size = f", {count_text(report['parameters'])} parameters" if report["parameters"] else ""
+    return f"{done}{of}, {count_text(report['tokens'])} tokens in {seconds_text(report['seconds'])}{size}"
+
+
+def facts(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(what, value with unit) of the main results, for the terminal and the page."""
+    yield "held-out loss", f"{number_text(report['loss'])} nats per token"
+    yield "perplexity", f"{number_text(report['perplexity'], 2)} per token"
+    yield "bits per byte", number_text(report["bits_per_byte"])
+    compression = report["compression"]
+    if compression["text_bytes"]:
+        yield "gzip -9, same text", f"{number_text(compression['gzip_9_bits_per_byte'])} bits per byte"
+        yield "xz -9, same text", f"{number_text(compression['xz_9_bits_per_byte'])} bits per byte"
+    yield "training loss, smoothed", f"{number_text(report['train_loss'])} nats per token"
+    yield "speed", f"{integer_text(report['tokens_per_second'])} tokens/s"
+    yield "share of the matrix-product rate", percent_text(report["matmul_share"])
+    yield "time of one step (median)", seconds_text(report["step_seconds"])
+    yield "peak memory", bytes_text(report["peak_memory_bytes"])
+    yield "evaluations and saves", f"{seconds_text(report['eval_seconds'])} and {seconds_text(report['save_seconds'])}"
+
+
+def plan_rows(planned: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
+    """(what, planned, measured, ratio) as text."""
+    writers = {"peak_memory_bytes": ("peak memory", bytes_text), "step_seconds": ("time of one step", seconds_text),
+               "tokens_per_second": ("tokens per second", integer_text)}
+    for key, (name, write) in writers.items():
+        of = planned[key]
+        yield name, write(of["planned"]), write(of["measured"]), number_text(of["ratio"], 2)

@@ -1,0 +1,110 @@
+"""Tensors in one safetensors file: written without a copy and hashed on the way, read when the checksum is right.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes with the header's length, a JSON header that gives each
+tensor's data type, shape and place, then the bytes. Any safetensors reader opens these files. The library itself is not
+used to write them because it neither hashes on the way nor passes on the operating system's error.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIASES = "kiem.aliases"  # in the header's metadata: {name: the name it is stored under}
+
+
+def tensor_bytes(named: Mapping[str, Tensor]) -> int:
+    """Bytes that `named` takes in a file, header aside; a tensor under two names counts once."""
+    kept, _ = _unique(named)
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+
+
+def write_tensors(path: Path, named: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a new file, flushed to the disk; return its size and checksum, {"bytes": int, "sha256": str}.
+
+    Names that share one tensor are stored once. Raises OSError as the system gives it, ValueError for a data type or
+    layout that the format does not have.
+    """
+    kept, aliases = _unique(named)
+    # Widest types first: then every tensor starts at a multiple of its item's size.
+    order = sorted(kept, key=lambda name: (-kept[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _ALIASES: json.dumps(aliases, sort_keys=True)}}
+    start = 0
+    for name in order:
+        tensor = kept[name]
+        if tensor.dtype not in _NAMES or tensor.layout != torch.strided:
+            raise ValueError(f"{name}: {tensor.dtype} {tensor.layout} cannot be stored")
+        end = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "xb") as file, ThreadPoolExecutor(1) as pool:
+        for block in (struct.pack("<Q", len(text)) + text, *(kept[name] for name in order)):
+            data = _raw(block) if isinstance(block, Tensor) else memoryview(block)
+            hashing = pool.submit(digest.update, data) if len(data) >= 1 << 20 else digest.update(data)
+            file.write(data)
+            if hashing is not None:
+                hashing.result()
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Read a file of `write_tensors`: tensors on the CPU, each with memory of its own.
+
+    Of its own, because torch.set_rng_state reads from the beginning of the storage, wherever in it the tensor is.
+    Raises ValueError if the checksum differs; no byte is interpreted before it is right.
+    """
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise ValueError("checksum differs")
+        file.seek(0)
+        length, = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        aliases = json.loads(header.pop("__metadata__")[_ALIASES])
+        named = {}
+        for name, entry in header.items():
+            named[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+            file.seek(8 + length + entry["data_offsets"][0])
+            file.readinto(_raw(named[name]))
+    return named | {name: named[stored] for name, stored in aliases.items()}
+
+
+def _unique(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each distinct tensor under its first name, and {other name: first name}."""
+    kept, first, aliases = {}, {}, {}
+    for name, tensor in named.items():
+        key = None
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # a layout without storage: refused later, by name
+            key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if key is None or tensor.numel() == 0 or key not in first:
+            kept[name] = tensor
+            first.setdefault(key, name)
+        else:
+            aliases[name] = first[key]
+    return kept, aliases
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in row order; no copy if it is contiguous and on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

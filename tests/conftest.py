@@ -1,0 +1,16 @@
+"""Shared by all tests: the process stays as Python and torch start it."""
+
+import os
+import sys
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _keep_denormals():
+    """Training flushes denormals to zero, which hypothesis' float strategies refuse to work with."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)

@@ -1,0 +1,276 @@
+"""What a user's text becomes, document by document, and what is said of text that cannot be used."""
+
+import gzip
+import io
+import json
+import os
+import sys
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kiem.config.run import Source
+from kiem.data import formats, sources
+from kiem.data.formats import PIECE, pieces
+from kiem.data.sources import list_items, read_documents
+from kiem.errors import DataError
+
+
+def read(path, on_bad_text="skip", text_key="text", cache=None):
+    """(documents as {origin: text}, problems as text)."""
+    found, problems = {}, []
+    source = Source(path=str(path), text_key=text_key)
+    for document in read_documents(source, on_bad_text, problems.append, cache):
+        found[document.origin] = found.get(document.origin, "") + document.text
+    return found, [str(problem) for problem in problems]
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def test_a_folder_is_read_in_order_without_hidden_and_binary_kinds(tmp_path):
+    for name in ("b.txt", "a/z.md", "a/y.py", ".hidden", ".git/config", "pic.png", "x.pyc"):
+        write(tmp_path / name, f"text of {name}\n")
+    write(tmp_path / "empty.txt", "")
+    found, problems = read(tmp_path)
+    assert list(found) == [str(tmp_path / name) for name in ("a/y.py", "a/z.md", "b.txt")]
+    assert found[str(tmp_path / "b.txt")] == "text of b.txt\n" and problems == []
+
+
+def test_globs_reach_below_and_a_circle_of_links_ends(tmp_path):
+    write(tmp_path / "one.txt", "1")
+    write(tmp_path / "deep/er/two.txt", "2")
+    write(tmp_path / "deep/three.md", "3")
+    (tmp_path / "deep" / "up").symlink_to(tmp_path)
+    assert sorted(read(tmp_path / "**" / "*.txt")[0].values()) == ["1", "2"]
+    assert list(read(tmp_path / "*.txt")[0].values()) == ["1"]
+    assert sorted(read(tmp_path)[0].values()) == ["1", "2", "3"]
+
+
+def test_compressed_text_and_records(tmp_path):
+    text, records = "one\ntwo é\n", '{"text": "r1"}\n\n{"text": "r2"}\n'
+    write(tmp_path / "a.txt.gz", gzip.compress(text.encode()))
+    frames = zstandard.compress(b"one\n") + zstandard.compress("two é\n".encode())
+    write(tmp_path / "b.txt.zst", frames)
+    write(tmp_path / "c.jsonl", records)
+    write(tmp_path / "d.jsonl.gz", gzip.compress(records.encode()))
+    write(tmp_path / "e.jsonl.zst", zstandard.compress(records.encode()))
+    found, problems = read(tmp_path)
+    base = str(tmp_path)
+    assert found == {f"{base}/a.txt.gz": text, f"{base}/b.txt.zst": text} | {
+        f"{base}/{name}:{line}": f"r{number}"
+        for name in ("c.jsonl", "d.jsonl.gz", "e.jsonl.zst") for number, line in ((1, 1), (2, 3))}
+    assert problems == []
+
+
+BAD_FILES = [
+    # name, contents, what the problem says, text with "replace" (None: left out there too)
+    ("latin.txt", b"fine\ncaf\xe9 au lait\n", ", line 2: not UTF-8 (byte 0xe9 at offset 8)", "fine\ncaf� au lait\n"),
+    ("cut.txt", b"ab\n\xe2\x82", ", line 2: not UTF-8 (byte 0xe2 at offset 3)", "ab\n�"),
+    ("nul.txt", b"a\nb\0c", ", line 2: binary file, not text (NUL byte at offset 3)", None),
+    ("wide.txt", "text".encode("utf-16"), ", line 1: UTF-16 text, not UTF-8", None),
+    ("cut.txt.gz", gzip.compress(os.urandom(2000).hex().encode())[:-900], ": truncated gzip file", "some"),
+    ("not.txt.gz", b"plain text", ": damaged gzip file", None),
+    ("cut.txt.zst", zstandard.compress(os.urandom(2000).hex().encode())[:-900], ": truncated zstd file", None),
+    ("not.txt.zst", b"plain text", ": damaged zstd file", None),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "says", "replaced"), BAD_FILES, ids=[case[0] for case in BAD_FILES])
+def test_bad_files_are_reported_and_handled_by_the_rule(tmp_path, name, data, says, replaced):
+    write(tmp_path / "good.txt", "good")
+    bad = str(write(tmp_path / name, data))
+    found, problems = read(tmp_path)
+    assert list(found.values()) == ["good"] and len(problems) == 1
+    assert problems[0].startswith(bad + says) and problems[0].endswith("left out")
+    found, problems = read(tmp_path, "replace")
+    assert len(problems) == 1
+    if replaced == "some":
+        assert len(found[bad]) > 100
+    else:
+        assert found.get(bad) == replaced
+    with pytest.raises(DataError, match=r"on_bad_text") as caught:
+        read(tmp_path, "error")
+    assert bad + says in str(caught.value)
+
+
+BAD_RECORDS = [
+    (b'{"text": "a"', "not a JSON record", None),
+    (b'["a"]', "a JSON record must be an object, this is list", None),
+    (b'{"body": "a", "id": 1}', "no field 'text', it has 'body', 'id': set text_key", None),
+    (b'{"text": null}', "field 'text' is NoneType, not text", None),
+    (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9 at byte 13 of the record)", "caf�"),
+    (rb'{"text": "a\ud800"}', "half of a surrogate pair (U+D800) is not text", "a�"),
+    (b"[" * 100_000, "not a JSON record", None),
+]
+
+
+@pytest.mark.parametrize(("line", "says", "replaced"), BAD_RECORDS, ids=range(len(BAD_RECORDS)))
+def test_bad_records_name_their_line_and_leave_the_others(tmp_path, line, says, replaced):
+    file = write(tmp_path / "a.jsonl", b'{"text": "first"}\n' + line + b'\n{"text": "last"}')
+    found, problems = read(file)
+    assert list(found) == [f"{file}:1", f"{file}:3"] and list(found.values()) == ["first", "last"]
+    assert len(problems) == 1 and problems[0].startswith(f"{file}, line 2: {says}")
+    assert read(file, "replace")[0].get(f"{file}:2") == replaced
+    with pytest.raises(DataError, match="line 2"):
+        read(file, "error")
+
+
+def test_a_truncated_archive_of_records_keeps_those_before(tmp_path):
+    lines = b"".join(json.dumps({"text": os.urandom(50).hex()}).encode() + b"\n" for _ in range(2000))
+    file = write(tmp_path / "a.jsonl.gz", gzip.compress(lines)[:60_000])
+    found, problems = read(file)
+    assert 500 < len(found) < 2000
+    where = f"{file}, line {len(found) + 1}"
+    assert problems == [f"{where}: truncated gzip file; the records before it are kept, the rest is left out"]
+
+
+def test_parquet(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    broken = pyarrow.array([b"fine", b"caf\xe9"]).cast(pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": broken, "n": [1, 2]}), tmp_path / "a.parquet")
+    file = tmp_path / "a.parquet"
+    assert read(file) == ({f"{file}:1": "fine"},
+                          [f"{file}, line 2: not UTF-8 (byte 0xe9 at byte 3 of 'text'); left out"])
+    assert read(file, "replace")[0][f"{file}:2"] == "caf�"
+    assert read(file, text_key="body")[1] == [f"{file}: no column 'body', it has 'text', 'n': set text_key; left out"]
+    file.write_bytes(file.read_bytes()[:-20])
+    assert "damaged Parquet file" in read(file)[1][0]
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'kiem\[parquet\]'"):
+        read(write(tmp_path / "a.parquet", b"PAR1"))
+
+
+def test_datasets_without_the_library_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'kiem\[hub\]'"):
+        read("hf:somebody/something")
+
+
+def test_a_local_data_set_and_its_splits(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["one", "two"], "n": [1, 2]})
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "dict")
+    rows.save_to_disk(tmp_path / "plain")
+    path = f"hf:{tmp_path}/dict"
+    assert read(path)[0] == {f"{path}:1": "one", f"{path}:2": "two"}
+    assert list(read(f"{path}:test")[0].values()) == ["two"]
+    assert list(read(f"hf:{tmp_path}/plain")[0].values()) == ["one", "two"]
+    digests = [list_items(Source(path=p))[0].digest for p in (path, f"{path}:test", path)]
+    assert digests[0] == digests[2] != digests[1]
+    with pytest.raises(DataError, match=r"no split 'dev', but \['test', 'train'\]"):
+        read(f"{path}:dev")
+    with pytest.raises(DataError, match=r"hf:NAME\[:CONFIG\]\[:SPLIT\]"):
+        read("hf:a:b:c:d")
+
+
+def test_standard_input_is_kept_by_its_contents(tmp_path, monkeypatch):
+    def pipe(data):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    pipe(b"piped text")
+    for _ in range(2):  # it can be asked for again in the same process
+        assert read("-", cache=tmp_path / "a")[0] == {"standard input": "piped text"}
+    pipe(b"")
+    with pytest.raises(DataError, match="standard input is empty"):
+        read("-", cache=tmp_path / "b")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    with pytest.raises(DataError, match="is a terminal"):
+        read("-", cache=tmp_path / "c")
+
+
+def test_the_standard_library(tmp_path):
+    names = [item.name for item in list_items(Source(path="python"), tmp_path)]
+    digests = [item.digest for item in list_items(Source(path="python"), tmp_path)]
+    assert names == sorted(names) and len(set(digests)) == len(digests) > 300
+    assert "python:json/decoder.py" in names
+    assert not [name for name in names if "site-packages" in name or "dist-packages" in name or "__pycache__" in name]
+
+
+@pytest.mark.parametrize(("make", "says"), [
+    (lambda p: p / "nowhere", "no such file or folder"),
+    (lambda p: write(p / "e.txt", ""), "the file is empty"),
+    (lambda p: (p / "only").mkdir() or write(p / "only/.x", "hidden").parent, "has no text files"),
+    (lambda p: p / "*.nothing", "no file matches"),
+])
+def test_where_there_is_nothing_to_read(tmp_path, make, says):
+    with pytest.raises(DataError, match=says):
+        read(make(tmp_path))
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    file = write(tmp_path / "a.txt", "old text")
+    documents = read_documents(Source(path=str(file)), "skip", print)
+    next(documents)
+    file.write_text("another text")
+    with pytest.raises(DataError, match="changed while it was read"):
+        list(documents)
+
+
+@pytest.mark.parametrize("tail", [b"", b"\xff", b"\0"])
+def test_a_large_file_is_checked_before_any_of_it_is_used(tmp_path, monkeypatch, tail):
+    monkeypatch.setattr(formats, "BLOCK", 1000)
+    monkeypatch.setattr(formats, "PIECE", 700)
+    text = "".join(f"line {i} €\n" for i in range(2000))
+    found, problems = read(write(tmp_path / "a.txt", text.encode() + tail))
+    assert found == ({} if tail else {str(tmp_path / "a.txt"): text})
+    if tail:
+        offset = len(text.encode())
+        assert f"line 2001: {'binary file' if tail == bytes(1) else 'not UTF-8'}" in problems[0]
+        assert f"offset {offset}" in problems[0]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    assert list(read(write(tmp_path / "a.txt", b"\xef\xbb\xbftext"))[0].values()) == ["text"]
+    assert list(read(write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "r"}'))[0].values()) == ["r"]
+
+
+@given(st.lists(st.text(alphabet="ab \n", max_size=40), max_size=8), st.integers(4, 30))
+@settings(max_examples=60, deadline=None)
+def test_pieces_join_to_the_text_wherever_the_blocks_end(blocks, size):
+    text, before = "".join(blocks), formats.PIECE
+    formats.PIECE = size
+    try:
+        streamed, whole = list(pieces(blocks, "x")), list(pieces([text], "x"))
+    finally:
+        formats.PIECE = before
+    assert streamed == whole and "".join(piece.text for piece in whole) == text
+    assert all(0 < len(piece.text) <= size for piece in whole)
+    assert [piece.continues for piece in whole] == [False, *[True] * (len(whole) - 1)][: len(whole)]
+
+
+def test_pieces_are_cut_after_newlines():
+    text = ("x" * 99 + "\n") * (PIECE // 100 + 10)
+    first, second = pieces([text], "x")
+    assert first.text.endswith("\n") and len(first.text) == PIECE // 100 * 100 and second.continues
+
+
+def test_digests_of_large_files_are_remembered_and_never_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "REMEMBER", 1)
+    hashed = []
+    real = sources._sha256
+    monkeypatch.setattr(sources, "_sha256", lambda file: hashed.append(1) or real(file))
+    file, cache = write(tmp_path / "big.txt", "one"), tmp_path / "cache"
+
+    def digest():
+        hashed.clear()
+        return list_items(Source(path=str(file)), cache)[0].digest, len(hashed)
+
+    first, _ = digest()
+    assert digest() == (first, 1)  # changed a moment ago: not trusted yet
+    monkeypatch.setattr(sources, "RACY", -1.0)
+    assert digest() == (first, 1) and digest() == (first, 0)
+    stat = file.stat()
+    file.write_text("two")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same modification time
+    second, count = digest()
+    assert second != first and count == 1
