@@ -132,14 +132,15 @@ def test_seeds():
     assert len(set(model.generate("a", max_tokens=20, n=4))) == 4
 
 
-def test_a_model_in_training_is_sampled_without_dropout_and_stays_in_training():
+def test_a_model_in_training_is_sampled_as_it_will_be_when_loaded_and_is_left_as_it_was():
     model = random_model(drop_rate=0.5)
-    quiet = model.generate("a", temperature=0, max_tokens=12)
+    text, score = model.generate("a", temperature=0, max_tokens=12), model.score("abc")
     model.model.train()
+    model.model.compute_dtype = torch.bfloat16
     before = torch.get_rng_state()
-    assert model.generate("a", temperature=0, max_tokens=12) == quiet
-    assert model.score("abc") == model.score("abc")
-    assert model.model.training and torch.equal(before, torch.get_rng_state())
+    assert model.generate("a", temperature=0, max_tokens=12) == text and model.score("abc") == score
+    assert model.model.training and model.model.compute_dtype == torch.bfloat16
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_score_by_hand():

@@ -235,7 +235,7 @@ def test_a_manifest_that_is_not_one_is_noticed(tmp_path, text):
     assert "manifest.json: not as it was written" in problems[0]
 
 
-def test_a_checkpoint_under_another_name_and_of_another_version(tmp_path):
+def test_a_checkpoint_under_another_name(tmp_path):
     path = save(tmp_path, 1)
     shutil.copytree(path, path.parent / "step-00000009")
     found, problems = checkpoint.latest(tmp_path)
@@ -244,10 +244,14 @@ def test_a_checkpoint_under_another_name_and_of_another_version(tmp_path):
     copy = tmp_path / "best"
     shutil.copytree(path, copy)
     assert checkpoint.load(copy)[1] == example_state(1)
-    manifest = checkpoint._manifest(1, {}, None).replace(b'"version": 1', b'"version": 2')
-    (copy / "manifest.json").write_bytes(manifest)
-    with pytest.raises(CheckpointError):
-        checkpoint.load(copy)
+
+
+def test_a_checkpoint_of_another_format_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "VERSION", 2)
+    path = save(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"has format version 2; this Kiem reads version 1\."):
+        checkpoint.load(path)
 
 
 def test_no_checkpoint_at_all(tmp_path):
@@ -337,6 +341,38 @@ def test_prune_leaves_one_that_is_being_read(tmp_path):
         assert checkpoint.prune(tmp_path, 1) == []
         assert names(tmp_path) == ["step-00000001", "step-00000002"]
     assert checkpoint.prune(tmp_path, 1) == [first]
+
+
+def test_one_that_is_being_removed_cannot_be_read(tmp_path):
+    path = save(tmp_path, 1)
+    with open(path / "manifest.json", "rb") as file:
+        assert folder.try_lock(file.fileno())
+        with pytest.raises(CheckpointError, match=r"step-00000001 is just being removed"):
+            checkpoint.load(path)
+    checkpoint.load(path)
+
+
+def test_one_that_cannot_be_removed_is_told(tmp_path, monkeypatch):
+    save(tmp_path, 1), save(tmp_path, 2)
+
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(StorageError, match=r"cannot remove the old checkpoint .*step-00000001: Permission denied"):
+        checkpoint.prune(tmp_path, 1)
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        checkpoint.prune(tmp_path, 0)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    (path / "state.json").unlink()
+    (path / "state.json").mkdir()
+    found, problems = checkpoint.latest(tmp_path)
+    assert found.name == "step-00000001"
+    assert "state.json: " in problems[0]
 
 
 def test_prune_removes_a_folder_without_manifest(tmp_path):

@@ -12,6 +12,7 @@ import faulthandler
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import time
 import traceback
 from pathlib import Path
 
+import psutil
 import pytest
 
 STEPS = 12
@@ -111,15 +113,15 @@ def run_training(folder, run, fault):
 
 
 class Fault:
-    """Counts operations on the disk; at the n-th it kills the process (`kill`) or fails from then on (`full`)."""
+    """Counts operations on the disk. At the n-th: `signal` sends this process a signal; `full` fails this and every
+    later write."""
 
-    def __init__(self, kind="none", n=0):
-        self.kind, self.n, self.count, self.active = kind, n, 0, True
-        self.real_write = os.write
+    def __init__(self, kind="none", n=0, number=signal.SIGKILL):
+        self.kind, self.n, self.number, self.count, self.active = kind, n, number, 0, True
 
     def install(self):
         for name in OPERATIONS:
-            setattr(os, name, self.around(getattr(os, name)))
+            setattr(os, name, self.around(getattr(os, name), grows=name == "write"))
         real_open = builtins.open
 
         def counted_open(file, mode="r", *args, **kwargs):
@@ -128,24 +130,22 @@ class Fault:
 
         builtins.open = counted_open
 
-    def around(self, real):
+    def around(self, real, grows):
         def call(*args, **kwargs):
-            self.happen(grows=real in (self.real_write,))
+            self.happen(grows)
             return real(*args, **kwargs)
         return call
 
-    def happen(self, grows, partly=lambda: None):
-        """One more operation; `partly` does half of it."""
+    def happen(self, grows, do_half=lambda: None):
+        """One more operation; `grows`: it needs room; `do_half` does half of it."""
         if not self.active:
             return
         self.count += 1
-        if self.count < self.n or self.kind == "none":
-            return
-        if self.kind == "kill":
-            partly()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.kind == "full" and grows:
-            partly()
+        if self.kind == "signal" and self.count == self.n:
+            do_half()
+            os.kill(os.getpid(), self.number)
+        elif self.kind == "full" and self.count >= self.n and grows:
+            do_half()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -156,12 +156,15 @@ class CountedFile:
         self.file, self.fault = file, fault
 
     def write(self, data):
-        def half():
-            self.file.write(memoryview(data)[:len(data) // 2])
+        done = 0
+
+        def do_half():
+            nonlocal done
+            done = self.file.write(memoryview(data)[:len(data) // 2])
             self.file.flush()
 
-        self.fault.happen(True, half)
-        return self.file.write(data)
+        self.fault.happen(True, do_half)
+        return done + self.file.write(memoryview(data)[done:])
 
     def __enter__(self):
         return self
@@ -181,7 +184,7 @@ class Server:
 
     def __init__(self, folder, data=None):
         self.folder, self.data, self.jobs = folder, data or folder, 0
-        self.process = subprocess.Popen([sys.executable, __file__, "serve"], text=True, stdin=subprocess.PIPE,
+        self.process = subprocess.Popen([sys.executable, __file__, "serve"], bufsize=0, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if data is None:
             assert self.train(None) == 0, self.output()
@@ -192,12 +195,18 @@ class Server:
         self.jobs += 1
         self.log = self.folder / f"job{self.jobs}.log"
         job = {"data": str(self.data), "run": run and str(run), "log": str(self.log), "fault": fault}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        self.process.stdin.write((json.dumps(job) + "\n").encode())
+        self.pid = self.answer()
+        return self.pid
 
     def wait(self):
         """The end of what was begun: its exit code, negative if a signal ended it."""
+        return self.answer()
+
+    def answer(self, seconds=60):
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            os.kill(self.pid, signal.SIGKILL)
+            pytest.fail(f"no end after {seconds} s: {self.output()}")
         return int(self.process.stdout.readline())
 
     def train(self, run, **fault):
@@ -275,7 +284,7 @@ def test_killed_at_30_moments(server, undisturbed, tmp_path):
                     os.kill(pid, signal.SIGKILL)
                 code = server.wait()
             else:
-                code = server.train(run, kind="kill", n=rng.randint(1, operations // 3))
+                code = server.train(run, kind="signal", n=rng.randint(1, operations // 3))
             assert code in (0, -signal.SIGKILL), server.output()
             mine += code != 0
             inside += code != 0 and in_a_save(run)
@@ -292,10 +301,15 @@ def test_killed_again_and_again_a_little_later(server, undisturbed, tmp_path):
     """From the start, through the first save, into the second: every 7th operation, in one run."""
     expected, operations, _ = undisturbed
     run = tmp_path / "run"
-    codes = [server.train(run, kind="kill", n=n) for n in range(3, operations // 3, 7)]
-    assert set(codes) == {-signal.SIGKILL}
-    assert len(codes) > 15
-    assert server.train(run) == 0
+    kills = 0
+    for n in range(3, operations, 7):
+        code = server.train(run, kind="signal", n=n)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, server.output()
+        kills += 1
+    assert code == 0
+    assert kills > 15
     assert outcome(run) == expected
 
 
@@ -303,7 +317,7 @@ def test_a_damaged_checkpoint_is_passed_over(server, undisturbed, tmp_path):
     """After a kill, a byte of the newest checkpoint flips: the one before is used, and the end is the same."""
     expected, operations, _ = undisturbed
     run = tmp_path / "run"
-    assert server.train(run, kind="kill", n=int(0.9 * operations)) == -signal.SIGKILL
+    assert server.train(run, kind="signal", n=int(0.9 * operations)) == -signal.SIGKILL
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     weights = bytearray((newest / "model.safetensors").read_bytes())
     weights[len(weights) // 2] ^= 1
@@ -319,10 +333,10 @@ def test_two_runs_cannot_write_one_folder(server, undisturbed, tmp_path):
     """The second is refused with exit code 6 and touches nothing; the first ends as if alone."""
     run = tmp_path / "run"
     second = Server(tmp_path, data=server.folder)
+    pid = server.start(run, kind="signal", n=int(0.4 * undisturbed[1]), number=signal.SIGSTOP)
     try:
-        pid = server.start(run)
-        wait_for_steps(run, 1)
-        os.kill(pid, signal.SIGSTOP)
+        while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.005)
         code = second.train(run)
         os.kill(pid, signal.SIGCONT)
         assert server.wait() == 0, server.output()
@@ -330,6 +344,8 @@ def test_two_runs_cannot_write_one_folder(server, undisturbed, tmp_path):
         assert f"process {pid} on " in second.output()
         assert outcome(run) == undisturbed[0]
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
         second.close()
 
 
@@ -348,30 +364,18 @@ def test_a_disk_that_fills_up(server, undisturbed, tmp_path, part):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(server, undisturbed, tmp_path, number):
-    expected, _, _ = undisturbed
+@pytest.mark.parametrize("part", [0.2, 0.6])
+def test_a_signal_saves_and_says_how_to_go_on(server, undisturbed, tmp_path, number, part):
+    expected, operations, _ = undisturbed
     run = tmp_path / "run"
-    for _ in range(10):
-        pid = server.start(run)
-        wait_for_steps(run, 2)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-        code = server.wait()
-        if code != 0:
-            break
+    code = server.train(run, kind="signal", n=int(part * operations), number=number)
     assert code == 130, server.output()
     assert f"kiem train {run}" in server.output()
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["kind"] == "stop"
+    assert (run / f"checkpoints/step-{last['step']:08d}").is_dir()
     assert server.train(run) == 0
     assert outcome(run) == expected
-
-
-def wait_for_steps(run, count):
-    end = time.monotonic() + 20
-    while time.monotonic() < end:
-        with contextlib.suppress(FileNotFoundError):
-            if (run / "metrics.jsonl").read_text().count('"step"') > count:
-                return
-        time.sleep(0.002)
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["serve"]:

@@ -4,6 +4,7 @@ import math
 import secrets
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
@@ -29,7 +30,7 @@ MAX_SAMPLES = 10_000
 class LanguageModel:
     """A model, its tokenizer, and (if it comes from a run) the run's configuration.
 
-    Every text is a document of its own: an end of text stands before it, as in training.
+    Every text is a document of its own: an end of text stands before it, as in training. Computes in float32.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: RunConfig | None = None):
@@ -103,7 +104,7 @@ class LanguageModel:
         tokens = torch.tensor(ids, device=self.model.head_weight.device)
         nats = 0.0
         scored = 1  # the end of text at the beginning is given
-        with _evaluating(self.model):
+        with _inference(self.model):
             while scored < len(ids):
                 start = 0 if scored == 1 else scored - max(1, T // 2)
                 window = tokens[start : start + T + 1]
@@ -134,7 +135,7 @@ class LanguageModel:
     def _batches(self, jobs: list[tuple[list[int], int]], max_tokens: int) -> Iterator[list[int]]:
         """Indices of jobs that are decoded together: of like length, and as many as CACHE_BYTES has room for."""
         c = self.model.config
-        slot_bytes = 2 * c.n_layers * c.n_kv_heads * c.head_dim * self.model.compute_dtype.itemsize
+        slot_bytes = 2 * c.n_layers * c.n_kv_heads * c.head_dim * torch.float32.itemsize
         batch = []
         for job in sorted(range(len(jobs)), key=lambda job: len(jobs[job][0])):
             slots = min(c.context_length, len(jobs[job][0]) + max_tokens)
@@ -153,7 +154,7 @@ class LanguageModel:
         decoder = Decoder(self.model, prompts, sampling, seeds, self.tokenizer.vocab_size, max_tokens)
         streams = [TextStream(self.tokenizer, prompt[-1], stop) for prompt in prompts]
         for left in range(max_tokens, 0, -1):
-            with _evaluating(self.model):
+            with _inference(self.model):
                 new = decoder.step()
             done = set()
             for row, token in new:
@@ -195,20 +196,20 @@ def load(path: str | Path, device: str = "auto") -> LanguageModel:
     return LanguageModel(model.to(select_device(device)).eval(), tokenizer, config)
 
 
-class _evaluating:
-    """Dropout off inside, and the model's mode as it was afterwards."""
-
-    def __init__(self, model: torch.nn.Module):
-        self.model = model
-
-    def __enter__(self):
-        self.was_training = self.model.training
-        if self.was_training:
-            self.model.eval()
-
-    def __exit__(self, *_):
-        if self.was_training:
-            self.model.train()
+@contextmanager
+def _inference(model: Transformer) -> Iterator[None]:
+    """No dropout, and float32: the weights are float32, and to cast them all for each token costs more than it saves.
+    Afterwards the model is as it was, for the training that may go on."""
+    training, dtype = model.training, model.compute_dtype
+    if training:
+        model.eval()
+    model.compute_dtype = torch.float32
+    try:
+        yield
+    finally:
+        model.compute_dtype = dtype
+        if training:
+            model.train()
 
 
 def _seeds(seed: int | None, n: int) -> list[int]:

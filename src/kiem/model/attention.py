@@ -15,8 +15,9 @@ from kiem.ops.rotary import rotate
 
 def rotary_tables(positions_BT: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of position * base^(-2i/K), each (B, T, 1, K/2): Su et al. 2021, arXiv:2104.09864. Angles in float32."""
-    index = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device)
-    angle_BTK = positions_BT[:, :, None].float() * base ** (-index / head_dim)
+    # The reciprocal is rounded as transformers rounds it: another rounding moves logits by 5e-4 at position 131,072.
+    index_K = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device)
+    angle_BTK = positions_BT[:, :, None].float() * (1.0 / base ** (index_K / head_dim))
     return angle_BTK.cos()[:, :, None].to(dtype), angle_BTK.sin()[:, :, None].to(dtype)
 
 

@@ -1,0 +1,112 @@
+"""Speed of a run on this machine, by timing real training steps of the model or of a thinner one. Needs torch.
+
+A model whose step is short is timed whole. A larger one is taken apart: one block with the real vocabulary (embeddings,
+head, loss), and models of one and of three blocks with a small vocabulary, whose difference is the cost of two blocks.
+The cost of a step is linear in the number of blocks, so these three give the cost at any depth.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kiem import runtime
+from kiem.config.model import ModelConfig
+from kiem.config.run import RunConfig
+from kiem.data.loader import Batch
+from kiem.model.transformer import Transformer
+from kiem.optim.groups import build_optimizer
+from kiem.plan.count import flops_per_token
+from kiem.train.step import train_step
+
+EXPECTED_SHARE = 0.5  # of the matrix-product rate, for the estimates that decide what is timed
+WHOLE_SECONDS = 0.4  # a micro-step that is estimated shorter is timed on the whole model
+ROWS_SECONDS = 1.2  # a micro-step of one block that is estimated longer is timed on fewer rows
+FEW_ENTRIES = 128  # the small vocabulary
+FORWARD_SHARE = 1 / 3  # of a micro-step: a forward pass is a third of the products (plan/count.py)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of the parts of a training step, and how they were found."""
+
+    micro_step_seconds: float  # forward and backward of one micro-batch
+    update_seconds: float  # the optimiser, once a step
+    evaluation_seconds_per_token: float
+    method: str
+
+
+def measure_speed(config: RunConfig) -> Speed:
+    """Time the steps of a resolved config: some 3 s for a small model, 15 s for GPT-2 124M at 2 x 1024 on two cores."""
+    runtime.set_up_process()
+    model, device = config.model, runtime.select_device(config.device)
+    dtype = runtime.select_precision(config.train.precision, device)
+    rate = EXPECTED_SHARE * runtime.matmul_rate(device, dtype, seconds=0.1)
+    tokens, context = config.train.micro_batch_tokens, model.context_length
+    rows = tokens // context
+
+    def expected(shape: ModelConfig) -> float:
+        """Seconds of a micro-step of one row, about."""
+        return flops_per_token(shape).total * context / rate
+
+    if model.n_layers <= 3 or rows * expected(model) < WHOLE_SECONDS:
+        micro, update = _cost(config, model, rows, repetitions=5)
+        return Speed(micro, update, FORWARD_SHARE * micro / tokens, "the whole model was timed")
+    one = model.model_copy(update={"n_layers": 1})
+    few_rows = max(1, min(rows, int(ROWS_SECONDS / expected(one))))
+    base = _cost(config, one, few_rows)
+    thin = [_cost(config, one.model_copy(update={"vocab_size": min(FEW_ENTRIES, one.vocab_size), "n_layers": n}), few_rows)
+            for n in (1, 3)]
+    micro, update = (of_one + (model.n_layers - 1) * max(0.0, of_three - of_first) / 2
+                     for of_one, of_first, of_three in zip(base, *thin, strict=True))
+    micro *= rows / few_rows
+    on = "" if few_rows == rows else f" on {few_rows} of {rows} rows"
+    return Speed(micro, update, FORWARD_SHARE * micro / tokens,
+                 f"up to 3 of {model.n_layers} blocks were timed{on}, the rest in proportion")
+
+
+def _cost(config: RunConfig, shape: ModelConfig, rows: int, repetitions: int = 2) -> tuple[float, float]:
+    """Seconds of a micro-step and of an update for a model of this shape."""
+    device = runtime.select_device(config.device)
+    dtype = runtime.select_precision(config.train.precision, device)
+    model = Transformer(shape, dtype, config.train.activation_checkpointing)
+    model.initialise(config.seed, config.train.init).to(device).train()
+    optimizer = build_optimizer(model, config.train)
+    batch = _random_batch(shape, rows).to(device)
+    apart = not config.data.cross_document_attention
+
+    def step() -> None:
+        train_step(model, optimizer, [batch], config.train, 0, apart)
+
+    def update() -> None:
+        optimizer.step(1.0)
+
+    step()  # the first is slow: memory is new, kernels are chosen
+    step_seconds, update_seconds = _seconds(step, device, repetitions), _seconds(update, device, repetitions)
+    return max(step_seconds - update_seconds, 0.0), update_seconds
+
+
+def _random_batch(shape: ModelConfig, rows: int) -> Batch:
+    """Random tokens; every row is two documents, so that attention takes the path of packed text."""
+    T = shape.context_length
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(0, shape.vocab_size, (rows, T), generator=generator)
+    docs_BT = (torch.arange(T, dtype=torch.int32) >= T // 2).int().expand(rows, T).contiguous()
+    positions_BT = (torch.arange(T) - docs_BT * (T // 2)).contiguous()
+    return Batch(tokens_BT, tokens_BT.roll(-1, 1), positions_BT, docs_BT, rows * T)
+
+
+def _seconds(action: Callable[[], None], device: torch.device, repetitions: int) -> float:
+    """Median time of an action."""
+    gc.collect()
+    times = []
+    for _ in range(repetitions):
+        began = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
