@@ -1,14 +1,10 @@
 """The promise: a run that is killed anywhere, or whose disk fills up, ends as the undisturbed one, bit for bit.
 
-This file is also a program (`python test_survival.py serve`): it imports everything once and then forks a child for
-each run, so that a killed run costs a fraction of a second. A child may be told to die, or to find the disk full, at
-its n-th operation on the disk: that is how kills inside a save are certain.
+The runs are children of survival_server.py, which knows how to disturb them at a given operation on the disk: that is
+how kills inside a save are certain.
 """
 
-import builtins
 import contextlib
-import errno
-import faulthandler
 import json
 import os
 import random
@@ -17,166 +13,16 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import psutil
 import pytest
 
+PROGRAM = Path(__file__).with_name("survival_server.py")
 STEPS = 12
-OPERATIONS = ("write", "fsync", "rename", "replace", "mkdir", "rmdir", "unlink", "ftruncate")
 UNCOMPARED = {"tokens_per_second", "matmul_share", "step_seconds", "memory_bytes", "seconds", "time", "bytes", "path"}
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-
-
-# The child's side -----------------------------------------------------------------------------------------------------
-
-
-def serve():
-    """Read jobs, one JSON a line: fork a child for each, answer with its pid, then with its exit code."""
-    import torch
-    import torch._dynamo  # by the first optimiser, and it takes seconds
-
-    from kiem import runtime
-    from kiem.train import loop  # noqa: F401 (by the children)
-
-    faulthandler.enable()
-    runtime.matmul_rate = lambda *args: 1e9  # takes a third of a second and changes nothing that is compared
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        job = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            with open(job["log"], "wb") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-            os._exit(child(job))
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-
-
-def child(job):
-    """One job in this process, with the fault that it asks for; its exit code."""
-    from kiem.errors import KiemError
-
-    fault = Fault(**job["fault"])
-    code = 0
-    try:
-        if job["run"] is None:
-            make_data(Path(job["data"]))
-        else:
-            run_training(Path(job["data"]), Path(job["run"]), fault)
-    except KiemError as problem:
-        code = problem.exit_code
-        print(problem, flush=True)
-    except BaseException:
-        code = 99
-        traceback.print_exc()
-    fault.active = False
-    Path(job["log"] + ".count").write_text(str(fault.count))
-    return code
-
-
-def configuration(folder):
-    from kiem.config.read import read_config
-
-    return read_config({
-        "model": {"vocab_size": 257, "context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2,
-                  "drop_rate": 0.1},
-        "data": {"sources": [{"path": str(folder / "text.txt")}], "tokenizer": "bytes", "validation_fraction": 0.1},
-        "train": {"tokens": 64 * STEPS, "batch_tokens": 64, "micro_batch_tokens": 32, "save_every": 3, "eval_every": 4,
-                  "eval_tokens": 64},
-        "seed": 5, "device": "cpu",
-    })
-
-
-def make_data(folder):
-    from kiem.data.prepare import prepare
-
-    rng = random.Random(1)
-    text = "\n\n".join(" ".join(rng.choice(["alpha", "beta", "gamma", "delta"]) for _ in range(9)) for _ in range(60))
-    (folder / "text.txt").write_text(text)
-    config = configuration(folder)
-    print(prepare(config.data, 257, config.seed, folder).path, flush=True)
-
-
-def run_training(folder, run, fault):
-    from kiem.config.presets import resolve
-    from kiem.data.shards import open_dataset
-    from kiem.train.loop import train
-
-    dataset = open_dataset((folder / "where").read_text())
-    config = resolve(configuration(folder), dataset.tokenizer.vocab_size)
-    fault.install()
-    train(config, run, dataset, quiet=True)
-
-
-class Fault:
-    """Counts operations on the disk. At the n-th: `signal` sends this process a signal; `full` fails this and every
-    later write."""
-
-    def __init__(self, kind="none", n=0, number=signal.SIGKILL):
-        self.kind, self.n, self.number, self.count, self.active = kind, n, number, 0, True
-
-    def install(self):
-        for name in OPERATIONS:
-            setattr(os, name, self.around(getattr(os, name), grows=name == "write"))
-        real_open = builtins.open
-
-        def counted_open(file, mode="r", *args, **kwargs):
-            opened = real_open(file, mode, *args, **kwargs)
-            return CountedFile(opened, self) if set(mode) & set("xwa+") and "b" in mode else opened
-
-        builtins.open = counted_open
-
-    def around(self, real, grows):
-        def call(*args, **kwargs):
-            self.happen(grows)
-            return real(*args, **kwargs)
-        return call
-
-    def happen(self, grows, do_half=lambda: None):
-        """One more operation; `grows`: it needs room; `do_half` does half of it."""
-        if not self.active:
-            return
-        self.count += 1
-        if self.kind == "signal" and self.count == self.n:
-            do_half()
-            os.kill(os.getpid(), self.number)
-        elif self.kind == "full" and self.count >= self.n and grows:
-            do_half()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-class CountedFile:
-    """A binary file whose writes count."""
-
-    def __init__(self, file, fault):
-        self.file, self.fault = file, fault
-
-    def write(self, data):
-        done = 0
-
-        def do_half():
-            nonlocal done
-            done = self.file.write(memoryview(data)[:len(data) // 2])
-            self.file.flush()
-
-        self.fault.happen(True, do_half)
-        return done + self.file.write(memoryview(data)[done:])
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-
-# The test's side ------------------------------------------------------------------------------------------------------
 
 
 class Server:
@@ -184,7 +30,7 @@ class Server:
 
     def __init__(self, folder, data=None):
         self.folder, self.data, self.jobs = folder, data or folder, 0
-        self.process = subprocess.Popen([sys.executable, __file__, "serve"], bufsize=0, stdin=subprocess.PIPE,
+        self.process = subprocess.Popen([sys.executable, PROGRAM], bufsize=0, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if data is None:
             assert self.train(None) == 0, self.output()
@@ -194,7 +40,7 @@ class Server:
         """Begin a run; its process id. With run None, prepare the data instead."""
         self.jobs += 1
         self.log = self.folder / f"job{self.jobs}.log"
-        job = {"data": str(self.data), "run": run and str(run), "log": str(self.log), "fault": fault}
+        job = {"data": str(self.data), "steps": STEPS, "run": run and str(run), "log": str(self.log), "fault": fault}
         self.process.stdin.write((json.dumps(job) + "\n").encode())
         self.pid = self.answer()
         return self.pid
@@ -378,5 +224,13 @@ def test_a_signal_saves_and_says_how_to_go_on(server, undisturbed, tmp_path, num
     assert outcome(run) == expected
 
 
-if __name__ == "__main__" and sys.argv[1:] == ["serve"]:
-    serve()
+@pytest.mark.parametrize("what", ["a weight", "a moment", "a gradient"])
+@pytest.mark.parametrize("at", [7, 8])
+def test_one_bad_number_stops_the_run_is_named_and_never_saved(server, undisturbed, tmp_path, what, at):
+    """T14. The checkpoint before it stays the newest; going on from there, the run ends as the undisturbed."""
+    run = tmp_path / "run"
+    assert server.train(run, kind=what, n=at) == 5, server.output()
+    assert "blocks.1.mlp.up" in server.output()
+    assert sorted(entry.name for entry in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+    assert server.train(run) == 0, server.output()
+    assert outcome(run) == undisturbed[0]

@@ -11,13 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kiem.config.model import ModelConfig
+from kiem.ops.feed_forward import gelu_linear, swiglu_linear
 
 
 class Linear(nn.Linear):
     """y = x @ weight.T + bias in the data type of x; weight is (out, in)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, *self.cast(x.dtype))
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in a data type."""
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
 
 class LayerNorm(nn.Module):
@@ -66,7 +71,7 @@ class FeedForward(nn.Module):
         self.down = Linear(F_, D, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        weight, bias = self.down.cast(x_BTD.dtype)
         if self.activation == "swiglu":
-            return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
-        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-        return self.down(F.gelu(self.up(x_BTD), approximate=approximate))
+            return swiglu_linear(self.gate(x_BTD), self.up(x_BTD), weight, bias)
+        return gelu_linear(self.up(x_BTD), weight, bias, "tanh" if self.activation == "gelu_tanh" else "none")

@@ -167,13 +167,13 @@ class Trainer:
 
     def explained(self, problem: NumericsError, batch: Batch, micro_batches: list[Batch]) -> NumericsError:
         """The refusal of a step with its place: step, documents, the first operation that is not finite."""
-        causes = (sentinels.first_nonfinite(self.model, part) for part in micro_batches)
+        causes = (sentinels.first_nonfinite(self.model, part, self.documents_apart) for part in micro_batches)
         cause = next((c for c in causes if not c.startswith("not found")), "not found in a repetition of the step")
         reason = f"step {self.step + 1}: {problem}. First place: {cause}. Documents of the batch: {_some(batch.documents)}"
         self.record("stop", reason=reason, time=_now())
         path, _ = checkpoint.latest(self.folder)
-        kept = f"the last good state is {path}" if path else "no checkpoint was saved yet"
-        return NumericsError(f"{reason}. The weights were not changed; {kept}. Lower train.lr, or train in float32, if this comes back.")
+        kept = f"The last good state is {path}" if path else "No checkpoint was saved yet"
+        return NumericsError(f"{reason}. {kept}. Lower train.lr, or train in float32, if this comes back.")
 
     def evaluate(self, max_tokens: int | None) -> Evaluation:
         """Held-out loss, recorded and shown."""

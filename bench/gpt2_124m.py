@@ -1,0 +1,127 @@
+"""GPT-2 124M training on this machine: Kiem beside transformers' GPT2LMHeadModel with torch's AdamW.
+
+    python bench/gpt2_124m.py [--rounds 3] [--steps 3] [--drop-rate 0.0] [--json]
+
+Batch 2 x 1024 tokens. Each variant runs in a process of its own, in turn, `rounds` times; figures are medians over
+rounds of the median step, and ratios are taken within a round. Peak memory is the process's highest resident set, with
+everything in it. Both sides get the same random tokens; the same loss is asserted by tests/model/test_parity.py.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+BATCH, CONTEXT, VOCAB = 2, 1024, 50257
+VARIANTS = ("transformers float32", "transformers bfloat16 autocast", "kiem float32 adamw", "kiem float32 muon", "kiem bfloat16 adamw", "kiem bfloat16 muon")
+
+
+def transformers_step(precision: str, drop_rate: float):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), drop_rate)
+    model = GPT2LMHeadModel(GPT2Config(**drops)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.randint(0, VOCAB, (BATCH, CONTEXT))
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def kiem_step(precision: str, optimizer_name: str, drop_rate: float):
+    import torch
+
+    from kiem import runtime
+    from kiem.config.presets import PRESETS, resolve
+    from kiem.config.run import RunConfig, TrainConfig
+    from kiem.data.loader import Batch
+    from kiem.model.transformer import Transformer
+    from kiem.optim.groups import build_optimizer
+    from kiem.train.step import train_step
+
+    runtime.set_up_process()
+    size = BATCH * CONTEXT
+    train = TrainConfig(tokens=100 * size, batch_tokens=size, micro_batch_tokens=size, optimizer=optimizer_name, precision=precision)
+    model_config = PRESETS["gpt2-124m"].model_copy(update={"drop_rate": drop_rate})
+    config = resolve(RunConfig(model=model_config, train=train), VOCAB)
+    model = Transformer(config.model, getattr(torch, precision)).initialise(0, config.train.init)
+    optimizer = build_optimizer(model, config.train)
+    tokens = torch.randint(0, VOCAB, (BATCH, CONTEXT + 1))
+    positions = torch.arange(CONTEXT).expand(BATCH, CONTEXT)
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, torch.zeros(BATCH, CONTEXT, dtype=torch.int32), size)
+    return lambda: train_step(model, optimizer, [batch], config.train, 0)
+
+
+def run_one(variant: str, steps: int, drop_rate: float) -> dict:
+    import torch
+
+    from kiem.runtime import memory_now, peak_memory
+
+    torch.manual_seed(0)
+    who, precision, *rest = variant.split()
+    step = transformers_step(precision, drop_rate) if who == "transformers" else kiem_step(precision, rest[0], drop_rate)
+    step()
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    return {"tokens_per_second": BATCH * CONTEXT / statistics.median(seconds), "peak_bytes": peak_memory(), "rss_bytes": memory_now()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--drop-rate", type=float, default=0.0)
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=None, help="default: all that this processor is made for")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(run_one(args.one, args.steps, args.drop_rate)))
+        return
+    if args.variants is None:
+        import torch
+
+        from kiem.runtime import has_fast_bfloat16
+
+        fast = has_fast_bfloat16(torch.device("cpu"))
+        args.variants = [v for v in VARIANTS if fast or "bfloat16" not in v]
+    rounds = []
+    for _ in range(args.rounds):
+        one = {}
+        for variant in args.variants:
+            command = [sys.executable, __file__, "--one", variant, "--steps", str(args.steps), "--drop-rate", str(args.drop_rate)]
+            one[variant] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            print(variant, one[variant], file=sys.stderr)
+        rounds.append(one)
+    base = args.variants[0]
+    table = {}
+    for variant in args.variants:
+        rates = [r[variant]["tokens_per_second"] for r in rounds]
+        table[variant] = {
+            "tokens_per_second": statistics.median(rates),
+            "peak_gb": statistics.median(r[variant]["peak_bytes"] for r in rounds) / 1e9,
+            f"speed_over_{base.replace(' ', '_')}": statistics.median(r[variant]["tokens_per_second"] / r[base]["tokens_per_second"] for r in rounds),
+            f"memory_over_{base.replace(' ', '_')}": statistics.median(r[variant]["peak_bytes"] / r[base]["peak_bytes"] for r in rounds),
+        }
+    if args.json:
+        print(json.dumps(table, indent=1))
+    else:
+        for variant, row in table.items():
+            print(f"{variant:32}" + "  ".join(f"{key} {value:8.2f}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
