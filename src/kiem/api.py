@@ -4,14 +4,15 @@
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kiem.config.read import read_config
 from kiem.config.run import DataConfig, RunConfig, Source
-from kiem.errors import CheckpointError, ConfigError, StorageError
+from kiem.errors import CheckpointError, ConfigError, NumericsError, Stopped, StorageError
 
 if TYPE_CHECKING:
     from kiem.data.shards import Dataset
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 Target = str | Path | Mapping | RunConfig | None
 Sources = str | Path | Mapping | Source | Sequence[str | Path | Mapping | Source] | None
+
+SAMPLES_AT_ENDS, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 32, 96, 0.8
+SAMPLED_FREELY = 50_000_000  # parameters; a larger model draws fewer samples
 
 # What may change when a run goes on: how long it is, and what it writes on the way. Everything else is another run.
 CHANGEABLE = frozenset(f"train.{name}" for name in (
@@ -77,6 +81,7 @@ def prepare(config: Target = None, *, data: Sources = None, tokenizer: str | Pat
 
 def evaluate(run: str | Path | Run, *, data: Sources = None, device: str = "auto", quiet: bool = True) -> "Evaluation":
     """Loss, perplexity and bits per byte of a run's model on its held-out text, or on all of `data`."""
+    from kiem.runtime import select_device, select_precision
     from kiem.train.evaluate import evaluate as measure
 
     folder = run.folder if isinstance(run, Run) else Path(run)
@@ -88,7 +93,9 @@ def evaluate(run: str | Path | Run, *, data: Sources = None, device: str = "auto
         config = config.model_copy(update={"data": DataConfig(**text)})
     dataset = _dataset(config, quiet)
     _check_vocabulary(config, dataset)
-    return measure(model.model, dataset.validation, config)
+    model.model.compute_dtype = select_precision(config.train.precision, select_device(device))
+    return measure(model.model, dataset, config.train.micro_batch_tokens,
+                   documents_apart=not config.data.cross_document_attention)
 
 
 def plan(config: Target = None, *, depth: int | None = None, overrides: Sequence[str] = (),
@@ -120,8 +127,42 @@ def _run(config: RunConfig, folder: Path, dataset: "Dataset", minutes: float | N
     planned = predict.plan(resolved, measure=True)
     if show is not None:
         show(predict.render(planned))
-    loop.train(resolved, folder, dataset, plan=planned.to_dict(), quiet=quiet)
+    with _listener(resolved, folder) as listener:
+        try:
+            loop.train(resolved, folder, dataset, plan=planned.to_dict(), sampler=_sampler(resolved, dataset),
+                       listener=listener, quiet=quiet)
+        except (Stopped, NumericsError):
+            summary.write(folder, dataset)
+            raise
     return Run(folder, summary.write(folder, dataset))
+
+
+def _sampler(config: RunConfig, dataset: "Dataset") -> Callable[[Any, int], list[dict[str, Any]]]:
+    """Samples from the start of a document: a few on the way, and before and after training enough to count shares."""
+    from kiem.infer.engine import LanguageModel
+
+    ends = (0, config.train.tokens // config.train.batch_tokens)
+
+    def sample(model: Any, step: int) -> list[dict[str, Any]]:
+        cheap = sum(p.numel() for p in model.parameters()) < SAMPLED_FREELY
+        n = (SAMPLES_AT_ENDS if cheap else 4) if step in ends else 1
+        texts = LanguageModel(model, dataset.tokenizer).generate(
+            [""], n=n, max_tokens=SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, seed=config.seed)
+        return [{"prompt": "", "text": text, "seed": config.seed, "temperature": SAMPLE_TEMPERATURE} for text in texts]
+
+    return sample
+
+
+@contextmanager
+def _listener(config: RunConfig, folder: Path) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """TensorBoard files, if they are asked for."""
+    if not config.train.tensorboard:
+        yield None
+        return
+    from kiem.report.board import Board
+
+    with Board(folder) as board:
+        yield lambda record: board.sample(record) if record["kind"] == "sample" else board.record(record)
 
 
 def _resume(folder: Path, options: dict[str, Any], overrides: Sequence[str], out: str | Path | None,

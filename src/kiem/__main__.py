@@ -1,0 +1,5 @@
+"""python -m kiem"""
+
+from kiem.cli import script
+
+script()
