@@ -58,7 +58,7 @@ def test_modules_by_hand():
 def test_flops_by_hand():
     model = ModelConfig(vocab_size=10, context_length=4, emb_dim=2, n_heads=1, n_layers=1)
     # Matrices: q, k, v, out 4 * 2x2; up and down 2 * 2x8; head 10x2: 68 weights.
-    # Attention: queries at 0..3 see 1, 2, 3, 4 keys, 10 pairs in 4 tokens; a pair costs 2*2 for the score, 2*2 for the value.
+    # Attention: queries 0..3 see 1, 2, 3, 4 keys: 10 pairs in 4 tokens, each 2*2 for the score and 2*2 for the value.
     flops = flops_per_token(model, 4)
     assert (flops.forward_matrix, flops.forward_attention) == (2 * 68, 10 * 8 // 4)
     assert (flops.backward_matrix, flops.backward_attention) == (4 * 68, 2 * 20)
@@ -80,3 +80,32 @@ def test_flops_are_per_token_at_the_rows_length():
     assert flops_per_token(model, 512).forward_matrix == flops_per_token(model, 1024).forward_matrix
     assert flops_per_token(model, 511).forward_attention * 1025 == flops_per_token(model, 1024).forward_attention * 512
     assert flops_per_token(model) == flops_per_token(model, 1024)
+
+
+@st.composite
+def models(draw):
+    """Small models of every combination of fields."""
+    n_kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    heads, rope = n_kv_heads * group, draw(st.booleans())
+    head_dim = 2 * draw(st.integers(1, 4)) if rope else draw(st.integers(1, 8))
+    return ModelConfig(
+        vocab_size=draw(st.integers(2, 300)), context_length=draw(st.integers(2, 64)), emb_dim=draw(st.integers(1, 40)),
+        n_heads=heads, n_kv_heads=n_kv_heads, head_dim=head_dim, n_layers=draw(st.integers(1, 3)),
+        hidden_dim=draw(st.integers(1, 50)), qkv_bias=draw(st.booleans()), bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()), tie_embeddings=draw(st.booleans()), position="rope" if rope else "learned",
+        norm=draw(st.sampled_from(["layernorm", "rmsnorm"])), drop_rate=draw(st.sampled_from([0.0, 0.1])),
+        activation=draw(st.sampled_from(["gelu", "gelu_tanh", "swiglu"])))
+
+
+@settings(max_examples=60, deadline=None)
+@given(models())
+def test_names_and_shapes_are_those_of_the_built_model(model):
+    import torch
+
+    from kiem.model.transformer import Transformer
+
+    with torch.device("meta"):
+        built = Transformer(model)
+    assert parameter_shapes(model) == {name: tuple(p.shape) for name, p in built.named_parameters()}
+    assert total_parameters(model) == sum(p.numel() for p in built.parameters()) == sum(
+        parameters_by_module(model).values())

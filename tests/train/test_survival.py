@@ -159,6 +159,16 @@ def test_killed_again_and_again_a_little_later(server, undisturbed, tmp_path):
     assert outcome(run) == expected
 
 
+def test_killed_around_the_last_records(server, undisturbed, tmp_path):
+    """Between the final evaluation, the last save and the end there is no moment at which a record is lost or doubled."""
+    expected, operations, _ = undisturbed
+    for before_end in range(12):
+        run = tmp_path / f"run{before_end}"
+        assert server.train(run, kind="signal", n=operations - before_end) == -signal.SIGKILL
+        assert server.train(run) == 0, server.output()
+        assert outcome(run) == expected
+
+
 def test_a_damaged_checkpoint_is_passed_over(server, undisturbed, tmp_path):
     """After a kill, a byte of the newest checkpoint flips: the one before is used, and the end is the same."""
     expected, operations, _ = undisturbed

@@ -1,6 +1,6 @@
 """Parameters and FLOPs of a model by arithmetic, from its configuration alone. No torch.
 
-Letters: B batch, T time, D embedding, H query heads, G key and value heads, K head size, F hidden, V vocabulary, L layers.
+Letters: D embedding, H query heads, G key and value heads, K head size, F hidden, T time.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Shape of every trainable parameter by its name in the built model. A tied head is the token embedding: not listed."""
+    """Shape of every trainable parameter by its name in the built model. A tied head is the token embedding."""
     shapes: dict[str, Shape] = {"tok_emb.weight": (model.vocab_size, model.emb_dim)}
     if model.position == "learned":
         shapes["pos_emb.weight"] = (model.context_length, model.emb_dim)
@@ -99,14 +99,14 @@ class Flops:
 def flops_per_token(model: ModelConfig, context_length: int | None = None) -> Flops:
     """Model FLOPs per token of training at rows of `context_length` tokens (default: the model's).
 
-    Matrix products: 2 per weight of a matrix that a token is multiplied with, forward, and twice that backward (gradient of
-    the input, gradient of the weight): the 6N of PaLM appendix B (arXiv:2204.02311) and of nanoGPT's estimate_mfu. The output
-    head counts, tied or not; table look-ups (token and position embeddings) are not products and count nothing.
+    Matrix products: 2 per weight of a matrix that a token is multiplied with, forward, and twice that backward (for the
+    input and for the weight): the 6N of PaLM appendix B (arXiv:2204.02311) and of nanoGPT's estimate_mfu.
+    The output head counts, tied or not; look-ups (token and position embeddings) are no products and count nothing.
 
     Attention: scores and their product with the values are 2*H*K each per pair of query and key. Causal attention is
-    counted as it is computed: a token at position t sees t+1 keys, (T+1)/2 on average. PaLM and nanoGPT count all T, about twice
-    as many. Norms, activations, softmax, the optimiser, and what is computed a second time (activation checkpointing, scores inside
-    fused attention, logits inside the chunked loss) do not count: these are the FLOPs of the model, not of one way to run it.
+    counted as it is computed: a token at position t sees t+1 keys, (T+1)/2 on average. PaLM and nanoGPT count all T,
+    about twice as many. Norms, activations, softmax, the optimiser, and what is computed a second time (activation
+    checkpointing, scores inside fused attention) do not count: these are FLOPs of the model, not of one way to run it.
     """
     length = min(context_length or model.context_length, model.context_length)
     matrices = sum(prod(shape) for name, shape in parameter_shapes(model).items()

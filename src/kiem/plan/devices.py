@@ -1,7 +1,8 @@
 """Known accelerators, and this machine. Facts as data, each with its source.
 
-Peaks are the vendor's dense numbers (not those with structured sparsity) for matrix products in bfloat16, or float16 where the
-chip has no bfloat16, with float32 accumulation. They bound a run from below in time; the machine at hand is measured instead.
+Peaks are the vendor's dense numbers (not those with structured sparsity) for matrix products in bfloat16, or float16
+where the chip has no bfloat16, with float32 accumulation. They bound a run's time from below; the machine at hand is
+measured instead.
 """
 
 import os
@@ -47,7 +48,7 @@ _PACKAGING = re.compile(r"(SXM\d?|PCIe|HBM\de?|\d+GB)$", re.IGNORECASE)
 
 
 def find_device(name: str) -> Device | None:
-    """The table's entry for a name as the driver reports it ("NVIDIA H100 80GB HBM3"); None if it is not surely in the table."""
+    """The entry for a name as the driver reports it ("NVIDIA H100 80GB HBM3"); None if none surely is."""
     words = [w for w in re.split(r"[\s-]+", name) if w.lower() not in ("nvidia", "geforce", "tesla")]
     for device in DEVICES:
         own = re.split(r"[\s-]+", device.name)

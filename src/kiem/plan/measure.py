@@ -5,8 +5,10 @@ head, loss), and models of one and of three blocks with a small vocabulary, whos
 The cost of a step is linear in the number of blocks, so these three give the cost at any depth.
 """
 
+import ctypes
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +17,8 @@ import torch
 
 from kiem import runtime
 from kiem.config.model import ModelConfig
-from kiem.config.run import RunConfig
+from kiem.config.presets import resolve
+from kiem.config.run import RunConfig, TrainConfig
 from kiem.data.loader import Batch
 from kiem.model.transformer import Transformer
 from kiem.optim.groups import build_optimizer
@@ -25,6 +28,7 @@ from kiem.train.step import train_step
 EXPECTED_SHARE = 0.5  # of the matrix-product rate, for the estimates that decide what is timed
 WHOLE_SECONDS = 0.4  # a micro-step that is estimated shorter is timed on the whole model
 ROWS_SECONDS = 1.2  # a micro-step of one block that is estimated longer is timed on fewer rows
+ENOUGH_SECONDS = 3.0  # of repetitions of one thing, on a machine that is slower or busier than was estimated
 FEW_ENTRIES = 128  # the small vocabulary
 FORWARD_SHARE = 1 / 3  # of a micro-step: a forward pass is a third of the products (plan/count.py)
 
@@ -40,7 +44,7 @@ class Speed:
 
 
 def measure_speed(config: RunConfig) -> Speed:
-    """Time the steps of a resolved config: some 3 s for a small model, 15 s for GPT-2 124M at 2 x 1024 on two cores."""
+    """Time steps of a resolved config: about 3 s for a small model, 15 s for GPT-2 124M at 2 x 1024 on two cores."""
     runtime.set_up_process()
     model, device = config.model, runtime.select_device(config.device)
     dtype = runtime.select_precision(config.train.precision, device)
@@ -58,18 +62,32 @@ def measure_speed(config: RunConfig) -> Speed:
     one = model.model_copy(update={"n_layers": 1})
     few_rows = max(1, min(rows, int(ROWS_SECONDS / expected(one))))
     base = _cost(config, one, few_rows)
-    thin = [_cost(config, one.model_copy(update={"vocab_size": min(FEW_ENTRIES, one.vocab_size), "n_layers": n}), few_rows)
-            for n in (1, 3)]
+    thin = one.model_copy(update={"vocab_size": min(FEW_ENTRIES, one.vocab_size)})
+    thin_one, thin_three = (_cost(config, thin.model_copy(update={"n_layers": n}), few_rows) for n in (1, 3))
     micro, update = (of_one + (model.n_layers - 1) * max(0.0, of_three - of_first) / 2
-                     for of_one, of_first, of_three in zip(base, *thin, strict=True))
+                     for of_one, of_first, of_three in zip(base, thin_one, thin_three, strict=True))
     micro *= rows / few_rows
     on = "" if few_rows == rows else f" on {few_rows} of {rows} rows"
     return Speed(micro, update, FORWARD_SHARE * micro / tokens,
                  f"up to 3 of {model.n_layers} blocks were timed{on}, the rest in proportion")
 
 
+def load_all() -> None:
+    """One step of a tiny model: loads all that torch keeps for training, so that it counts as the process's memory."""
+    runtime.set_up_process()
+    tiny = ModelConfig(vocab_size=8, context_length=4, emb_dim=4, n_heads=1, n_layers=1)
+    config = resolve(RunConfig(model=tiny, train=TrainConfig(tokens=8, batch_tokens=8)), tiny.vocab_size)
+    _cost(config.model_copy(update={"device": "cpu"}), tiny, rows=2, repetitions=1)
+
+
 def _cost(config: RunConfig, shape: ModelConfig, rows: int, repetitions: int = 2) -> tuple[float, float]:
     """Seconds of a micro-step and of an update for a model of this shape."""
+    seconds = _time_steps(config, shape, rows, repetitions)
+    _give_back()
+    return seconds
+
+
+def _time_steps(config: RunConfig, shape: ModelConfig, rows: int, repetitions: int) -> tuple[float, float]:
     device = runtime.select_device(config.device)
     dtype = runtime.select_precision(config.train.precision, device)
     model = Transformer(shape, dtype, config.train.activation_checkpointing)
@@ -89,6 +107,13 @@ def _cost(config: RunConfig, shape: ModelConfig, rows: int, repetitions: int = 2
     return max(step_seconds - update_seconds, 0.0), update_seconds
 
 
+def _give_back() -> None:
+    """Return freed memory to the system, so that measuring adds nothing to the run's peak."""
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
 def _random_batch(shape: ModelConfig, rows: int) -> Batch:
     """Random tokens; every row is two documents, so that attention takes the path of packed text."""
     T = shape.context_length
@@ -101,9 +126,8 @@ def _random_batch(shape: ModelConfig, rows: int) -> Batch:
 
 def _seconds(action: Callable[[], None], device: torch.device, repetitions: int) -> float:
     """Median time of an action."""
-    gc.collect()
     times = []
-    for _ in range(repetitions):
+    while len(times) < repetitions and sum(times) < ENOUGH_SECONDS:
         began = time.perf_counter()
         action()
         if device.type == "cuda":

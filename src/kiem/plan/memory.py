@@ -1,10 +1,10 @@
 """Memory of a training step by arithmetic, by kind and at its peak. No torch.
 
-Follows what model/, ops/cross_entropy.py, optim/ and train/step.py allocate on a CPU; tests hold it against what autograd saves
-and what a step really takes. On CUDA the kinds are the same and fused attention differs in small terms.
+Follows what model/, ops/, optim/ and train/step.py allocate on a CPU; tests hold it against what
+autograd saves and what a step takes. On CUDA the kinds are the same, and fused kernels differ in small terms.
 
-Letters: B rows, T time, N = B*T, D embedding, H query heads, G key and value heads, K head size, F hidden, V vocabulary,
-L layers; e: bytes of a number in the compute type.
+Letters: B rows, T time, N = B*T, D embedding, H query heads, G key and value heads, K head size, F hidden,
+V vocabulary; e: bytes of a number in the compute type.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,6 +17,7 @@ from kiem.plan.count import Shape, parameter_shapes
 FLOAT32 = 4
 BATCH_BYTES_PER_TOKEN = 28  # tokens, targets, positions in int64, document numbers in int32
 LOSS_CHUNK_ELEMENTS = 1 << 24  # logits in one chunk, as in ops/cross_entropy.py (a test holds them equal)
+HOLES = 1.5  # blocks of logits that the heap holds beside those in use: 0.6 to 2 were measured over seven models
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Memory:
     loss: int  # the chunk of logits and the gradients made with it
     update: int  # what the optimiser takes for a moment
     batch: int  # the step's tokens and targets
-    peak: int
+    allocator: int  # on a CPU: holes that blocks of logits leave in the heap
+    peak: int  # without the allocator's
 
     def to_dict(self) -> dict[str, int]:
         return {f"{kind}_bytes": value for kind, value in asdict(self).items()}
@@ -75,13 +77,16 @@ def memory(model: ModelConfig, train: TrainConfig, compute_bytes: int, packed: b
     # With more than one micro-batch the gradients of those before are there while the next goes forward.
     before = weights if train.batch_tokens > train.micro_batch_tokens else 0
     tables = table * (2 if before and model.tie_embeddings else 1)
+    chunk_rows, after_rows = _chunks(model, rows)
     peak = weights + optimizer + batch + max(
         before + activations + loss,  # the end of forward
         before + activations + again + table + _backward_bytes(model, rows),  # backward through the last block
         weights + outer_activations(model, rows, False) + tables,  # backward through the embeddings
         weights + update,
+        weights + FLOAT32 * model.vocab_size * (chunk_rows + after_rows),  # an evaluation, the gradients still there
     )
-    return Memory(weights, weights, optimizer, activations, loss, update, batch, peak)
+    allocator = int(HOLES * FLOAT32 * model.vocab_size * chunk_rows)
+    return Memory(weights, weights, optimizer, activations, loss, update, batch, allocator, peak)
 
 
 def block_activations(model: ModelConfig, rows: Rows) -> int:
@@ -90,7 +95,7 @@ def block_activations(model: ModelConfig, rows: Rows) -> int:
     total = 2 * _norm_activations(model.norm, N, D, e)  # before each branch
     total += 2 * N * D * e  # what the norms give to the matrices
     total += _attention_activations(model, rows)
-    total += (4 if model.activation == "swiglu" else 2) * N * F * e  # inputs and outputs of the activation
+    total += (2 if model.activation == "swiglu" else 1) * N * F * e  # what goes into the activation
     if model.drop_rate:
         total += 2 * N * D * e  # the masks on both branches
     if e != FLOAT32:  # the weights in the compute type
@@ -99,7 +104,7 @@ def block_activations(model: ModelConfig, rows: Rows) -> int:
 
 
 def _norm_activations(kind: str, vectors: int, width: int, e: int) -> int:
-    """LayerNorm keeps its input, mean and deviation; RMSNorm computes in float32 and keeps its input and result in it."""
+    """LayerNorm keeps its input, mean and deviation; RMSNorm its input, deviation and result, all in float32."""
     if kind == "layernorm":
         return vectors * width * e + 2 * vectors * e
     return 2 * vectors * width * FLOAT32 + vectors * FLOAT32
@@ -108,9 +113,9 @@ def _norm_activations(kind: str, vectors: int, width: int, e: int) -> int:
 def _attention_activations(model: ModelConfig, rows: Rows) -> int:
     """Queries, keys, values, output, and what lies between. Dropout on the weights needs them in full, B*H*T*T."""
     H, G, K, N, e = model.n_heads, model.n_kv_heads, model.head_dim, rows.N, rows.e
-    total = (_norm_activations("rmsnorm", N * (H + G), K, e)) if model.qk_norm else 0
+    total = _norm_activations("rmsnorm", N * (H + G), K, e) if model.qk_norm else 0
     if model.drop_rate:
-        # Computed in float32 without fusion: scaled queries, keys, values; weights, their mask, their product; the output.
+        # Not fused, in float32: scaled queries, keys, values; weights, their mask, their product; and the output.
         return total + 3 * N * H * K * FLOAT32 + 3 * rows.B * H * rows.T**2 * FLOAT32 + N * H * K * e
     total += N * (2 * H + 2 * G) * K * e + N * H * FLOAT32  # with the output, and the log of the softmax's denominator
     return total + (N * rows.T * e if rows.packed else 0)  # the mask as numbers
@@ -131,11 +136,16 @@ def _residual(model: ModelConfig, rows: Rows) -> int:
     return rows.N * model.emb_dim * rows.e
 
 
+def _chunks(model: ModelConfig, rows: Rows) -> tuple[int, int]:
+    """Positions in the first two chunks of the loss: the first is still held while the second is computed."""
+    first = min(rows.N, max(1, LOSS_CHUNK_ELEMENTS // model.vocab_size))
+    return first, min(rows.N - first, first)
+
+
 def loss_bytes(model: ModelConfig, rows: Rows) -> int:
-    """Most bytes that the chunked cross-entropy takes: its two gradients, the features, and logits of two chunks at a time."""
+    """Most bytes that the chunked cross-entropy takes: features, their gradient, the head's, logits of two chunks."""
     V, D, N, e = model.vocab_size, model.emb_dim, rows.N, rows.e
-    chunk = min(N, max(1, LOSS_CHUNK_ELEMENTS // V))
-    after = min(N - chunk, chunk)
+    chunk, after = _chunks(model, rows)
     total = 2 * N * D * e + FLOAT32 * V * D
     if e == FLOAT32:
         return total + FLOAT32 * V * (chunk + after)
@@ -143,8 +153,8 @@ def loss_bytes(model: ModelConfig, rows: Rows) -> int:
 
 
 def _backward_bytes(model: ModelConfig, rows: Rows) -> int:
-    """Gradients of activations that live at one time, at the widest place: inside the feed-forward."""
-    widest = model.hidden_dim * (2 if model.activation == "swiglu" else 1)
+    """What backward takes for a moment at its widest place, inside the feed-forward: (N, F) made again, and gradients."""
+    widest = model.hidden_dim * (3 if model.activation == "swiglu" else 2)
     return rows.N * (widest + 2 * model.emb_dim) * rows.e
 
 
@@ -160,7 +170,8 @@ def _optimizer_bytes(shapes: dict[str, Shape], train: TrainConfig) -> int:
 def _update_bytes(shapes: dict[str, Shape], train: TrainConfig) -> int:
     """Most bytes an update takes: Muon handles all matrices of one shape together, AdamW works in place.
 
-    For M matrices, R the smaller side: momentum, their stack, two iterates, two products of R*R; and the last update made.
+    Then there are: momentum looked ahead, its stack, two iterates, two products of the smaller side; and the update of
+    the shape before.
     """
     groups: dict[Shape, int] = {}
     for name, shape in shapes.items():

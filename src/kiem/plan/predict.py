@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kiem.plan.measure import Speed
 
-PROCESS_BYTES = 240 * 2**20  # Python, torch and Kiem before the model, where not measured: torch 2.13 on Linux
+PROCESS_BYTES = 330 * 2**20  # Python, torch and Kiem before the model, where not measured: torch 2.13 on Linux
 START_SECONDS = 10.0  # of a timed run: start, checkpoints, samples and report, about
 RESERVE = 0.05  # of its time, for what steps take longer than measured
 EVALUATIONS = 11  # in a run: config/presets.py, item 13
@@ -27,13 +27,14 @@ SHOWN_ELSEWHERE = ("H100", "A100", "RTX 4090", "RTX 3090", "T4")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will cost. `speed` and what follows from it are None when it was not measured; notes say why, and more."""
+    """What a run will cost. `speed` and what follows from it are None where it was not measured; notes say why."""
 
     config: RunConfig
     parameters_by_module: dict[str, int]
     flops: Flops
     memory: Memory
-    process_bytes: int  # of the process before the model
+    process_bytes: int  # of the process before the model; 0 on an accelerator, whose memory holds only the run
+    process_peak_bytes: int  # reached by this process before the run, for example while it prepared text
     precision: str
     device: str
     machine: Machine
@@ -54,8 +55,9 @@ class Plan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Largest memory of the process, all that the run allocates included."""
-        return self.process_bytes + self.memory.peak
+        """Most memory used at one time: resident memory of the process, or allocated on an accelerator."""
+        holes = self.memory.allocator if self.process_bytes else 0
+        return max(self.process_peak_bytes, self.process_bytes + self.memory.peak + holes)
 
     @property
     def step_seconds(self) -> float | None:
@@ -71,7 +73,7 @@ class Plan:
 
     @property
     def evaluation_seconds(self) -> float | None:
-        """All evaluations, each of `eval_tokens` (the held-out text may be shorter, and the last one takes all of it)."""
+        """All evaluations, each taken as `eval_tokens` long (the last one takes all held-out text)."""
         train = self.config.train
         if self.speed is None:
             return None
@@ -96,7 +98,8 @@ class Plan:
             "parameters_by_module": self.parameters_by_module,
             "flops_per_token": flops | {"total_flops": self.flops.total},
             "total_flops": self.total_flops,
-            "memory": self.memory.to_dict() | {"process_bytes": self.process_bytes},
+            "memory": self.memory.to_dict() | {
+                "process_bytes": self.process_bytes, "process_peak_bytes": self.process_peak_bytes},
             "peak_memory_bytes": self.peak_memory_bytes,
             "total_tokens": self.steps * train.batch_tokens,
             "batch_tokens": train.batch_tokens,
@@ -133,12 +136,12 @@ def plan(config: RunConfig, measure: bool = True) -> Plan:
     capacity = place.memory_bytes or machine.memory_bytes
     packed = not config.data.cross_document_attention
     needs = memory(config.model, config.train, place.compute_bytes, packed)
-    fits = place.process_bytes + needs.peak <= capacity
+    fits = _whole(place, needs) <= capacity
     if not fits:
         notes.append(_does_not_fit(config, needs, place, capacity))
-    elif not place.memory_bytes and place.process_bytes + needs.peak > machine.memory_available_bytes:
-        notes.append(f"only {bytes_text(machine.memory_available_bytes)} of this machine's memory are free now: close other "
-                     "programs, or lower train.micro_batch_tokens")
+    elif not place.memory_bytes and _whole(place, needs) - place.loaded_bytes > machine.memory_available_bytes:
+        notes.append(f"only {bytes_text(machine.memory_available_bytes)} of this machine's memory are free now: close "
+                     "other programs, or lower train.micro_batch_tokens")
     speed = None
     if place.torch and fits:
         from kiem.plan.measure import measure_speed
@@ -147,7 +150,7 @@ def plan(config: RunConfig, measure: bool = True) -> Plan:
         if config.train.compile:
             notes.append("speed was measured without train.compile")
     return Plan(config, parameters_by_module(config.model), flops_per_token(config.model), needs, place.process_bytes,
-                place.precision, place.device, machine, speed, notes)
+                place.peak_bytes, place.precision, place.device, machine, speed, notes)
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,8 @@ class _Place:
     device: str
     precision: str
     process_bytes: int
+    peak_bytes: int = 0
+    loaded_bytes: int = 0  # of process_bytes, what this process has taken already
     memory_bytes: int | None = None  # of an accelerator
 
     @property
@@ -170,18 +175,20 @@ def _place(config: RunConfig, measure: bool, notes: list[str]) -> _Place:
         try:
             import torch
         except ImportError:
-            notes.append("speed is not predicted: that takes training steps on this machine, and torch is not installed "
+            notes.append("speed is not predicted: it is measured by training steps, and torch is not installed "
                          "(pip install torch)")
         else:
-            # What a run loads beside torch is loaded first, so that it counts as the process, not as the model.
-            import kiem.train.loop  # noqa: F401
+            from kiem.plan.measure import load_all
 
             device = runtime.select_device(config.device)
             precision = str(runtime.select_precision(config.train.precision, device)).removeprefix("torch.")
             if device.type == "cuda":
                 facts = torch.cuda.get_device_properties(device)
-                return _Place(True, facts.name, precision, 0, facts.total_memory)
-            return _Place(True, "cpu", precision, runtime.memory_now())
+                return _Place(True, facts.name, precision, 0, memory_bytes=facts.total_memory)
+            peak = runtime.peak_memory()
+            load_all()
+            now = runtime.memory_now()
+            return _Place(True, "cpu", precision, now, peak, now)
     precision = config.train.precision
     if precision == "auto":
         precision = "float32"
@@ -189,16 +196,20 @@ def _place(config: RunConfig, measure: bool, notes: list[str]) -> _Place:
     return _Place(False, "cpu" if config.device == "auto" else config.device, precision, PROCESS_BYTES)
 
 
+def _whole(place: _Place, needs: Memory) -> int:
+    return place.process_bytes + needs.peak + (0 if place.memory_bytes else needs.allocator)
+
+
 def _does_not_fit(config: RunConfig, needs: Memory, place: _Place, capacity: int) -> str:
     """What is too large, and the first smaller settings that fit."""
-    said = (f"this run does not fit: it needs {bytes_text(place.process_bytes + needs.peak)} and "
+    said = (f"this run does not fit: it needs {bytes_text(_whole(place, needs))} and "
             f"{place.device if place.memory_bytes else 'this machine'} has {bytes_text(capacity)}.")
     for changes in _smaller(config):
         train = config.train.model_copy(update=changes)
-        peak = memory(config.model, train, place.compute_bytes, not config.data.cross_document_attention).peak
-        if place.process_bytes + peak <= capacity:
+        less = _whole(place, memory(config.model, train, place.compute_bytes, not config.data.cross_document_attention))
+        if less <= capacity:
             settings = " ".join(f"train.{name}={str(value).lower()}" for name, value in changes.items())
-            return f"{said} It fits with {settings} ({bytes_text(place.process_bytes + peak)})"
+            return f"{said} It fits with {settings} ({bytes_text(less)})"
     return (f"{said} No batch makes it fit: weights, gradients and optimiser alone take "
             f"{bytes_text(needs.weights + needs.gradients + needs.optimizer)}. Use a smaller model")
 
@@ -214,23 +225,24 @@ def _smaller(config: RunConfig) -> Iterator[dict[str, Any]]:
 
 
 def tokens_for_minutes(config: RunConfig, minutes: float) -> int:
-    """Training tokens of whole batches so that a run of this resolved config ends within `minutes`, evaluations and all.
+    """Training tokens, in whole batches, with which a run of this resolved config ends within `minutes`, start and all.
 
     At least one batch. Raises ConfigError if not even that fits the time, or speed cannot be measured.
     """
     began = time.perf_counter()
     planned = plan(config, measure=True)
     if planned.speed is None:
-        raise ConfigError(f"--minutes {minutes:g}: the speed of this machine could not be measured: {'; '.join(planned.notes)}")
+        raise ConfigError(f"--minutes {minutes:g}: the speed was not measured: {'; '.join(planned.notes)}")
     measuring = time.perf_counter() - began  # the run measures once more, for its plan
     left = (minutes * 60 - START_SECONDS - measuring) * (1 - RESERVE)
     evaluation = config.train.eval_tokens * planned.speed.evaluation_seconds_per_token
     steps = int((left - EVALUATIONS * evaluation) / planned.step_seconds)
     if steps < 1:
+        beside = seconds_text(START_SECONDS + measuring + EVALUATIONS * evaluation)
         raise ConfigError(
-            f"--minutes {minutes:g}: one step takes {seconds_text(planned.step_seconds)} on this machine, and "
-            f"{seconds_text(START_SECONDS + measuring + EVALUATIONS * evaluation)} go into the start and evaluations: give more time, a "
-            "smaller model, or smaller train.batch_tokens and train.eval_tokens"
+            f"--minutes {minutes:g}: one step takes {seconds_text(planned.step_seconds)} on this machine, and {beside} "
+            "go into the start and evaluations: give more time, a smaller model, or smaller train.batch_tokens and "
+            "train.eval_tokens"
         )
     return steps * config.train.batch_tokens
 
@@ -254,15 +266,16 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     """(what, value with unit, how it comes about)."""
     train, needs = plan.config.train, plan.memory
     largest = sorted(plan.parameters_by_module.items(), key=lambda item: -item[1])[:3]
-    yield "parameters", integer_text(plan.parameters), ", ".join(f"{n} {percent_text(c / plan.parameters)}" for n, c in largest)
+    shares = (f"{name} {percent_text(count / plan.parameters)}" for name, count in largest)
+    yield "parameters", integer_text(plan.parameters), ", ".join(shares)
     attention = plan.flops.forward_attention + plan.flops.backward_attention
     yield "FLOPs per token", count_text(plan.flops.total), f"attention {percent_text(attention / plan.flops.total)}"
     yield "tokens", integer_text(plan.steps * train.batch_tokens), (
         f"{integer_text(plan.steps)} steps of {integer_text(train.batch_tokens)}, {plan.micro_steps_per_step} x "
         f"{integer_text(train.micro_batch_tokens)} each, {plan.precision}")
-    kinds = ("weights", "gradients", "optimizer", "activations", "loss", "update")
-    yield "memory", bytes_text(plan.peak_memory_bytes), ", ".join(
-        [f"{kind} {bytes_text(getattr(needs, kind))}" for kind in kinds] + [f"process {bytes_text(plan.process_bytes)}"])
+    names = ("weights", "gradients", "optimizer", "activations", "loss", "update")
+    kinds = {name: getattr(needs, name) for name in names} | {"process": plan.process_bytes}
+    yield "peak memory", bytes_text(plan.peak_memory_bytes), ", ".join(f"{k} {bytes_text(n)}" for k, n in kinds.items())
     if plan.speed is not None:
         yield "time of one step", seconds_text(plan.step_seconds), (
             f"of it {seconds_text(plan.speed.update_seconds)} the optimiser; {plan.speed.method}")
@@ -270,6 +283,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
             f"{plan.device}: {plan.machine.processor}, {plan.machine.cores} cores")
         yield "time", seconds_text(plan.total_seconds), f"of it {seconds_text(plan.evaluation_seconds)} evaluations"
     else:
-        fastest = [of for of in elsewhere(plan) if of["fits"] and of["device"] in SHOWN_ELSEWHERE]
-        if fastest:
-            yield "time at a vendor's peak", "", ", ".join(f"{of['device']} {seconds_text(of['least_seconds'])}" for of in fastest)
+        there = [of for of in elsewhere(plan) if of["fits"] and of["device"] in SHOWN_ELSEWHERE]
+        least = ", ".join(f"{of['device']} {seconds_text(of['least_seconds'])}" for of in there)
+        if least:
+            yield "least time", "", f"at the vendor's peak rate: {least}"

@@ -103,11 +103,13 @@ class Trainer:
             self.record("start", reason="resumed" if self.step else "new", time=_now())
             if self.step == 0:
                 self.sample()
-            saved = self.step
+            saved, final = self.step, None
             while self.step < self.steps:
                 self.one_step()
                 last = self.step == self.steps
-                if self.step % self.train.eval_every == 0 and not last:
+                if last:
+                    final = self.evaluate(None)
+                elif self.step % self.train.eval_every == 0:
                     self.evaluate(self.train.eval_tokens)
                 if self.step % self.train.sample_every == 0 or last:
                     self.sample()
@@ -116,9 +118,8 @@ class Trainer:
                     saved = self.step
                 if self.stop_signal and not last:
                     self.stop(saved)
-            final = self.evaluate(None)
             self.record("end", reason="finished", time=_now())
-        return final
+        return final or self.measured(None)
 
     def record(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Write a record of metrics.jsonl about this step, tell the listener, and return it."""
@@ -175,9 +176,12 @@ class Trainer:
         kept = f"The last good state is {path}" if path else "No checkpoint was saved yet"
         return NumericsError(f"{reason}. {kept}. Lower train.lr, or train in float32, if this comes back.")
 
+    def measured(self, max_tokens: int | None) -> Evaluation:
+        return evaluate(self.model, self.dataset, self.train.micro_batch_tokens, max_tokens, self.documents_apart)
+
     def evaluate(self, max_tokens: int | None) -> Evaluation:
         """Held-out loss, recorded and shown."""
-        found = evaluate(self.model, self.dataset, self.train.micro_batch_tokens, max_tokens, self.documents_apart)
+        found = self.measured(max_tokens)
         record = self.record(
             "eval", loss=found.loss, perplexity=found.perplexity, bits_per_byte=found.bits_per_byte,
             eval_tokens=found.tokens, eval_bytes=found.bytes, seconds=found.seconds,
