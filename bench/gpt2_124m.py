@@ -15,7 +15,14 @@ import sys
 import time
 
 BATCH, CONTEXT, VOCAB = 2, 1024, 50257
-VARIANTS = ("transformers float32", "transformers bfloat16 autocast", "kiem float32 adamw", "kiem float32 muon", "kiem bfloat16 adamw", "kiem bfloat16 muon")
+VARIANTS = (
+    "transformers float32",
+    "transformers bfloat16 autocast",
+    "kiem float32 adamw",
+    "kiem float32 muon",
+    "kiem bfloat16 adamw",
+    "kiem bfloat16 muon",
+)
 
 
 def transformers_step(precision: str, drop_rate: float):
@@ -51,14 +58,22 @@ def kiem_step(precision: str, optimizer_name: str, drop_rate: float):
 
     runtime.set_up_process()
     size = BATCH * CONTEXT
-    train = TrainConfig(tokens=100 * size, batch_tokens=size, micro_batch_tokens=size, optimizer=optimizer_name, precision=precision)
+    train = TrainConfig(
+        tokens=100 * size, batch_tokens=size, micro_batch_tokens=size, optimizer=optimizer_name, precision=precision
+    )
     model_config = PRESETS["gpt2-124m"].model_copy(update={"drop_rate": drop_rate})
     config = resolve(RunConfig(model=model_config, train=train), VOCAB)
     model = Transformer(config.model, getattr(torch, precision)).initialise(0, config.train.init)
     optimizer = build_optimizer(model, config.train)
     tokens = torch.randint(0, VOCAB, (BATCH, CONTEXT + 1))
     positions = torch.arange(CONTEXT).expand(BATCH, CONTEXT)
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, torch.zeros(BATCH, CONTEXT, dtype=torch.int32), size)
+    batch = Batch(
+        tokens[:, :-1].contiguous(),
+        tokens[:, 1:].contiguous(),
+        positions,
+        torch.zeros(BATCH, CONTEXT, dtype=torch.int32),
+        size,
+    )
     return lambda: train_step(model, optimizer, [batch], config.train, 0)
 
 
@@ -69,14 +84,20 @@ def run_one(variant: str, steps: int, drop_rate: float) -> dict:
 
     torch.manual_seed(0)
     who, precision, *rest = variant.split()
-    step = transformers_step(precision, drop_rate) if who == "transformers" else kiem_step(precision, rest[0], drop_rate)
+    step = (
+        transformers_step(precision, drop_rate) if who == "transformers" else kiem_step(precision, rest[0], drop_rate)
+    )
     step()
     seconds = []
     for _ in range(steps):
         began = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - began)
-    return {"tokens_per_second": BATCH * CONTEXT / statistics.median(seconds), "peak_bytes": peak_memory(), "rss_bytes": memory_now()}
+    return {
+        "tokens_per_second": BATCH * CONTEXT / statistics.median(seconds),
+        "peak_bytes": peak_memory(),
+        "rss_bytes": memory_now(),
+    }
 
 
 def main() -> None:
@@ -84,7 +105,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--drop-rate", type=float, default=0.0)
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=None, help="default: all that this processor is made for")
+    parser.add_argument(
+        "--variants", nargs="*", choices=VARIANTS, default=None, help="default: all that this processor is made for"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -102,7 +125,16 @@ def main() -> None:
     for _ in range(args.rounds):
         one = {}
         for variant in args.variants:
-            command = [sys.executable, __file__, "--one", variant, "--steps", str(args.steps), "--drop-rate", str(args.drop_rate)]
+            command = [
+                sys.executable,
+                __file__,
+                "--one",
+                variant,
+                "--steps",
+                str(args.steps),
+                "--drop-rate",
+                str(args.drop_rate),
+            ]
             one[variant] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             print(variant, one[variant], file=sys.stderr)
         rounds.append(one)
@@ -113,8 +145,12 @@ def main() -> None:
         table[variant] = {
             "tokens_per_second": statistics.median(rates),
             "peak_gb": statistics.median(r[variant]["peak_bytes"] for r in rounds) / 1e9,
-            f"speed_over_{base.replace(' ', '_')}": statistics.median(r[variant]["tokens_per_second"] / r[base]["tokens_per_second"] for r in rounds),
-            f"memory_over_{base.replace(' ', '_')}": statistics.median(r[variant]["peak_bytes"] / r[base]["peak_bytes"] for r in rounds),
+            f"speed_over_{base.replace(' ', '_')}": statistics.median(
+                r[variant]["tokens_per_second"] / r[base]["tokens_per_second"] for r in rounds
+            ),
+            f"memory_over_{base.replace(' ', '_')}": statistics.median(
+                r[variant]["peak_bytes"] / r[base]["peak_bytes"] for r in rounds
+            ),
         }
     if args.json:
         print(json.dumps(table, indent=1))

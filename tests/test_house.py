@@ -10,11 +10,39 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "kiem"
 FILES = sorted(SRC.rglob("*.py"))
 # A room imports only itself and rooms before it.
-ROOMS = ["errors", "format", "config", "runtime", "plan", "data", "ops", "model", "optim", "train", "infer", "interop", "report", "api", "cli"]
+ROOMS = [
+    "errors",
+    "format",
+    "config",
+    "runtime",
+    "plan",
+    "data",
+    "ops",
+    "model",
+    "optim",
+    "train",
+    "infer",
+    "interop",
+    "report",
+    "api",
+    "cli",
+]
 # Measures with real training steps, so it stands with the verbs (docs/architecture.md).
 MEASURES = {"plan/predict.py", "plan/measure.py"}
-READING_ORDER = ["cli.py", "api.py", "config/presets.py", "data/prepare.py", "data/loader.py", "model/transformer.py", "model/attention.py",
-                 "ops/cross_entropy.py", "optim/muon.py", "train/step.py", "train/loop.py", "train/checkpoint.py"]
+READING_ORDER = [
+    "cli.py",
+    "api.py",
+    "config/presets.py",
+    "data/prepare.py",
+    "data/loader.py",
+    "model/transformer.py",
+    "model/attention.py",
+    "ops/cross_entropy.py",
+    "optim/muon.py",
+    "train/step.py",
+    "train/loop.py",
+    "train/checkpoint.py",
+]
 
 
 def names(files):
@@ -28,8 +56,13 @@ def imported_rooms(path):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             node.body = []
     tree = ast.parse(path.read_text())
-    skipped = {id(n) for i in ast.walk(tree) if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.unparse(i.test)
-               for s in i.body for n in ast.walk(s)}
+    skipped = {
+        id(n)
+        for i in ast.walk(tree)
+        if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.unparse(i.test)
+        for s in i.body
+        for n in ast.walk(s)
+    }
     for node in ast.walk(tree):
         if id(node) in skipped:
             continue
@@ -70,7 +103,9 @@ def test_the_path_of_a_training_run_reads_in_twelve_files():
     assert len(READING_ORDER) <= 12
     assert sum(len((SRC / name).read_text().splitlines()) for name in READING_ORDER) < 3200
     told = (SRC.parents[1] / "docs" / "architecture.md").read_text()
-    assert [told.index(f"`{name}`") for name in READING_ORDER] == sorted(told.index(f"`{name}`") for name in READING_ORDER)
+    assert [told.index(f"`{name}`") for name in READING_ORDER] == sorted(
+        told.index(f"`{name}`") for name in READING_ORDER
+    )
 
 
 def test_importing_loads_nothing_heavy():
@@ -89,5 +124,7 @@ def test_no_dangerous_call():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name not in {"eval", "exec", "pickle.load", "pickle.loads", "os.system", "torch.load"}, f"{path}: {name}"
+                assert name not in {"eval", "exec", "pickle.load", "pickle.loads", "os.system", "torch.load"}, (
+                    f"{path}: {name}"
+                )
                 assert not any(k.arg == "shell" for k in node.keywords), path

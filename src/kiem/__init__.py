@@ -9,7 +9,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-__all__ = ["LanguageModel", "Run", "evaluate", "load", "plan", "prepare", "train"]  # noqa: F822  (they load on use)
+__all__ = ["LanguageModel", "Run", "evaluate", "load", "plan", "prepare", "train"]
 
 _ROOMS_AND_VERBS = ("plan", "train")
 

@@ -27,8 +27,10 @@ SAMPLES_AT_ENDS, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 32, 96, 0.8
 SAMPLED_FREELY = 50_000_000  # parameters; a larger model draws fewer samples
 
 # What may change when a run goes on: how long it is, and what it writes on the way. Everything else is another run.
-CHANGEABLE = frozenset(f"train.{name}" for name in (
-    "tokens", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_checkpoints", "tensorboard"))
+CHANGEABLE = frozenset(
+    f"train.{name}"
+    for name in ("tokens", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_checkpoints", "tensorboard")
+)
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,26 @@ class Run:
         return load(self.folder, device)
 
 
-def train(config: Target = None, *, data: Sources = None, out: str | Path | None = None, depth: int | None = None,
-          tokens: int | str | None = None, minutes: float | None = None, seed: int | None = None,
-          device: str | None = None, overrides: Sequence[str] = (), quiet: bool = False,
-          show: Callable[[Any], None] | None = None) -> Run:
+def train(
+    config: Target = None,
+    *,
+    data: Sources = None,
+    out: str | Path | None = None,
+    depth: int | None = None,
+    tokens: int | str | None = None,
+    minutes: float | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+    show: Callable[[Any], None] | None = None,
+) -> Run:
     """Train a model, or go on with a run.
 
     `config` is a configuration file, a preset, a mapping, a RunConfig, or the folder of a run, which is resumed. `data`
     replaces its sources; `tokens` is the length (10_000_000 or "10M"); `minutes` sets the length by measuring this
-    machine. `out` is the run's folder, by default runs/NAME; a folder with something in it is never written over. Progress
-    goes to standard error unless `quiet`; `show` gets the plan before the start. Raises errors of kiem.errors.
+    machine. `out` is the run's folder, by default runs/NAME; a folder with something in it is never written over.
+    Progress goes to standard error unless `quiet`; `show` gets the plan before the start. Raises errors of kiem.errors.
     """
     options = _options(data=data, depth=depth, tokens=tokens, seed=seed, device=device)
     if minutes is not None:
@@ -72,8 +84,14 @@ def load(run: str | Path | Run, device: str = "auto") -> "LanguageModel":
     return engine.load(run.folder if isinstance(run, Run) else run, device)
 
 
-def prepare(config: Target = None, *, data: Sources = None, tokenizer: str | Path | None = None,
-            overrides: Sequence[str] = (), quiet: bool = False) -> "Dataset":
+def prepare(
+    config: Target = None,
+    *,
+    data: Sources = None,
+    tokenizer: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> "Dataset":
     """Turn text into tokens on disk, or find that this was done before. Returns the dataset."""
     options = _options(data=data, tokenizer=tokenizer)
     return _dataset(_with_whole_paths(read_config(config, overrides, options)), quiet)
@@ -94,12 +112,14 @@ def evaluate(run: str | Path | Run, *, data: Sources = None, device: str = "auto
     dataset = _dataset(config, quiet)
     _check_vocabulary(config, dataset)
     model.model.compute_dtype = select_precision(config.train.precision, select_device(device))
-    return measure(model.model, dataset, config.train.micro_batch_tokens,
-                   documents_apart=not config.data.cross_document_attention)
+    return measure(
+        model.model, dataset, config.train.micro_batch_tokens, documents_apart=not config.data.cross_document_attention
+    )
 
 
-def plan(config: Target = None, *, depth: int | None = None, overrides: Sequence[str] = (),
-         measure: bool = True) -> "Plan":
+def plan(
+    config: Target = None, *, depth: int | None = None, overrides: Sequence[str] = (), measure: bool = True
+) -> "Plan":
     """Parameters, FLOPs, memory and (if `measure`) speed and time of a run, without its text."""
     from kiem.config.presets import resolve, tokenizer_vocab_size
     from kiem.plan.predict import plan as predict
@@ -110,8 +130,14 @@ def plan(config: Target = None, *, depth: int | None = None, overrides: Sequence
     return predict(resolve(wanted, tokenizer_vocab_size(wanted)), measure)
 
 
-def _run(config: RunConfig, folder: Path, dataset: "Dataset", minutes: float | None, quiet: bool,
-         show: Callable[[Any], None] | None) -> Run:
+def _run(
+    config: RunConfig,
+    folder: Path,
+    dataset: "Dataset",
+    minutes: float | None,
+    quiet: bool,
+    show: Callable[[Any], None] | None,
+) -> Run:
     """From tokens to a trained model and its report."""
     from kiem.config.presets import resolve
     from kiem.plan import predict
@@ -129,8 +155,15 @@ def _run(config: RunConfig, folder: Path, dataset: "Dataset", minutes: float | N
         show(predict.render(planned))
     with _listener(resolved, folder) as listener:
         try:
-            loop.train(resolved, folder, dataset, plan=planned.to_dict(), sampler=_sampler(resolved, dataset),
-                       listener=listener, quiet=quiet)
+            loop.train(
+                resolved,
+                folder,
+                dataset,
+                plan=planned.to_dict(),
+                sampler=_sampler(resolved, dataset),
+                listener=listener,
+                quiet=quiet,
+            )
         except (Stopped, NumericsError):
             summary.write(folder, dataset)
             raise
@@ -147,7 +180,8 @@ def _sampler(config: RunConfig, dataset: "Dataset") -> Callable[[Any, int], list
         cheap = sum(p.numel() for p in model.parameters()) < SAMPLED_FREELY
         n = (SAMPLES_AT_ENDS if cheap else 4) if step in ends else 1
         texts = LanguageModel(model, dataset.tokenizer).generate(
-            [""], n=n, max_tokens=SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, seed=config.seed)
+            [""], n=n, max_tokens=SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, seed=config.seed
+        )
         return [{"prompt": "", "text": text, "seed": config.seed, "temperature": SAMPLE_TEMPERATURE} for text in texts]
 
     return sample
@@ -165,8 +199,15 @@ def _listener(config: RunConfig, folder: Path) -> Iterator[Callable[[dict[str, A
         yield lambda record: board.sample(record) if record["kind"] == "sample" else board.record(record)
 
 
-def _resume(folder: Path, options: dict[str, Any], overrides: Sequence[str], out: str | Path | None,
-            minutes: float | None, quiet: bool, show: Callable[[Any], None] | None) -> Run:
+def _resume(
+    folder: Path,
+    options: dict[str, Any],
+    overrides: Sequence[str],
+    out: str | Path | None,
+    minutes: float | None,
+    quiet: bool,
+    show: Callable[[Any], None] | None,
+) -> Run:
     """Go on with a run: only what does not change it may be given."""
     file = _config_file(folder)
     if out is not None:
@@ -177,11 +218,15 @@ def _resume(folder: Path, options: dict[str, Any], overrides: Sequence[str], out
     old, new = _flat(before.model_dump()), _flat(after.model_dump())
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if wrong := [key for key in changed if key not in CHANGEABLE]:
-        raise ConfigError(f"{folder}: {', '.join(wrong)} cannot change when a run goes on, as that is another run: start "
-                          f"a new one, or change only {', '.join(sorted(CHANGEABLE))}")
+        raise ConfigError(
+            f"{folder}: {', '.join(wrong)} cannot change when a run goes on, as that is another run: start "
+            f"a new one, or change only {', '.join(sorted(CHANGEABLE))}"
+        )
     if before.train.tokens and after.train.tokens and after.train.tokens < before.train.tokens:
-        raise ConfigError(f"{folder}: train.tokens {after.train.tokens} is less than the run's {before.train.tokens}: "
-                          "a run can be made longer, not shorter")
+        raise ConfigError(
+            f"{folder}: train.tokens {after.train.tokens} is less than the run's {before.train.tokens}: "
+            "a run can be made longer, not shorter"
+        )
     dataset = _dataset(after, quiet)
     return _run(after, folder, dataset, None, quiet, show)
 
@@ -204,12 +249,21 @@ def _counter(quiet: bool) -> Callable[[int, int, int], None] | None:
         return None
     return lambda documents, size, tokens: print(
         f"\r\033[Kprepare: {count_text(documents)} documents, {bytes_text(size)}, {count_text(tokens)} tokens",
-        end="", file=sys.stderr, flush=True)
+        end="",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _options(data: Sources = None, **values: Any) -> dict[str, Any]:
     """The arguments that were given, by configuration key."""
-    paths = {"depth": "depth", "seed": "seed", "device": "device", "tokens": "train.tokens", "tokenizer": "data.tokenizer"}
+    paths = {
+        "depth": "depth",
+        "seed": "seed",
+        "device": "device",
+        "tokens": "train.tokens",
+        "tokenizer": "data.tokenizer",
+    }
     given = {paths[name]: value for name, value in values.items() if value is not None}
     if isinstance(given.get("data.tokenizer"), Path):
         given["data.tokenizer"] = str(given["data.tokenizer"])
@@ -229,8 +283,10 @@ def _check_minutes(minutes: float, tokens: Any, overrides: Sequence[str]) -> Non
 def _check_vocabulary(config: RunConfig, dataset: "Dataset") -> None:
     have, need = config.model.vocab_size, dataset.tokenizer.vocab_size
     if have < need:
-        raise ConfigError(f"model.vocab_size is {have} and the tokenizer ({config.data.tokenizer}) has {need} entries: set "
-                          f"model.vocab_size={need} or more, or choose a smaller tokenizer")
+        raise ConfigError(
+            f"model.vocab_size is {have} and the tokenizer ({config.data.tokenizer}) has {need} entries: set "
+            f"model.vocab_size={need} or more, or choose a smaller tokenizer"
+        )
 
 
 def _new_folder(out: str | Path | None, target: Target, config: RunConfig) -> Path:
@@ -239,8 +295,9 @@ def _new_folder(out: str | Path | None, target: Target, config: RunConfig) -> Pa
     if folder.is_dir() and any(folder.iterdir()):
         is_run = (folder / "config.yaml").exists()
         advice = f"go on with it by `kiem train {folder}`, or " if is_run else ""
-        raise ConfigError(f"{folder}: the folder exists and holds {'a run' if is_run else 'files'}: {advice}choose another "
-                          "with --out")
+        raise ConfigError(
+            f"{folder}: the folder exists and holds {'a run' if is_run else 'files'}: {advice}choose another with --out"
+        )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: is a file, the folder of a run was expected: choose another with --out")
     parent = next((place for place in [folder, *folder.absolute().parents] if place.exists()), None)
@@ -272,6 +329,7 @@ def _run_of(folder: Path) -> Path:
 
 def _with_whole_paths(config: RunConfig) -> RunConfig:
     """Paths from the root, so that a run goes on from any working folder."""
+
     def whole(path: str) -> str:
         return path if path in ("-", "python") or path.startswith("hf:") else os.path.abspath(os.path.expanduser(path))
 
@@ -280,8 +338,17 @@ def _with_whole_paths(config: RunConfig) -> RunConfig:
 
     data = config.data
     tokenizer = data.tokenizer if data.tokenizer in ("bpe", "bytes", "chars") else whole(data.tokenizer)
-    return config.model_copy(update={"data": data.model_copy(update={
-        "sources": all_whole(data.sources), "validation": all_whole(data.validation), "tokenizer": tokenizer})})
+    return config.model_copy(
+        update={
+            "data": data.model_copy(
+                update={
+                    "sources": all_whole(data.sources),
+                    "validation": all_whole(data.validation),
+                    "tokenizer": tokenizer,
+                }
+            )
+        }
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

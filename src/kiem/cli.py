@@ -1,4 +1,5 @@
-"""The command line: each verb reads its arguments, calls its function of api.py, and prints. Nothing heavy loads for --help."""
+"""The command line: each verb reads its arguments, calls its function of api.py, and prints. Nothing heavy loads for
+--help."""
 
 import json
 import sys
@@ -53,7 +54,13 @@ def cli() -> None:
 @click.argument("target", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--depth", type=int, help="Layers of the default family; sets width, batch, rates and length.")
-@click.option("--data", "data", multiple=True, metavar="PATH[=WEIGHT]", help="File, folder, glob, '-', 'python' or hf:NAME. Repeatable.")
+@click.option(
+    "--data",
+    "data",
+    multiple=True,
+    metavar="PATH[=WEIGHT]",
+    help="File, folder, glob, '-', 'python' or hf:NAME. Repeatable.",
+)
 @click.option("--tokens", type=Count(), help="Length of the run in tokens.")
 @click.option("--minutes", type=float, help="Length of the run in minutes on this machine, all included.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. Default: runs/NAME.")
@@ -75,8 +82,19 @@ def train(target, overrides, depth, data, tokens, minutes, out, seed, device, qu
 
     target, overrides = _split(target, overrides)
     show = None if as_json or quiet else _to_stderr
-    run = api.train(target, data=_sources(data), out=out, depth=depth, tokens=tokens, minutes=minutes, seed=seed,
-                    device=device, overrides=overrides, quiet=quiet, show=show)
+    run = api.train(
+        target,
+        data=_sources(data),
+        out=out,
+        depth=depth,
+        tokens=tokens,
+        minutes=minutes,
+        seed=seed,
+        device=device,
+        overrides=overrides,
+        quiet=quiet,
+        show=show,
+    )
     if as_json:
         _print_json({"run": str(run.folder), "report": run.report})
     else:
@@ -106,16 +124,27 @@ def prepare(sources, config, tokenizer, quiet, as_json) -> None:
     overrides = [s for s in sources if s.partition("=")[0] in keys]
     paths = [s for s in sources if s not in overrides]
     dataset = api.prepare(config, data=_sources(paths), tokenizer=tokenizer, overrides=overrides, quiet=quiet)
-    report = {"path": str(dataset.path), "fingerprint": dataset.fingerprint, "vocab_size": dataset.tokenizer.vocab_size, **dataset.report}
+    report = {
+        "path": str(dataset.path),
+        "fingerprint": dataset.fingerprint,
+        "vocab_size": dataset.tokenizer.vocab_size,
+        **dataset.report,
+    }
     if as_json:
         _print_json(report)
         return
     from kiem.format import bytes_text, integer_text
 
     train, held_out = report["training"], report["validation"]
-    click.echo(f"{integer_text(report['documents'])} documents, {bytes_text(report['bytes'])}, {integer_text(report['tokens'])} tokens, "
-               f"vocabulary of {integer_text(report['vocab_size'])}")
-    click.echo(f"training {integer_text(train['tokens'])} tokens, held out {integer_text(held_out['tokens'])} ({held_out['rule']})")
+    click.echo(
+        f"{integer_text(report['documents'])} documents, {bytes_text(report['bytes'])}, "
+        f"{integer_text(report['tokens'])} tokens, "
+        f"vocabulary of {integer_text(report['vocab_size'])}"
+    )
+    click.echo(
+        f"training {integer_text(train['tokens'])} tokens, "
+        f"held out {integer_text(held_out['tokens'])} ({held_out['rule']})"
+    )
     for problem in report["problems"][:10]:
         line = "" if problem["line"] is None else f":{problem['line']}"
         click.echo(f"  {problem['origin']}{line}: {problem['what']} ({problem['action']})", err=True)
@@ -126,7 +155,9 @@ def prepare(sources, config, tokenizer, quiet, as_json) -> None:
 
 @cli.command("eval")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--data", "data", multiple=True, metavar="PATH", help="Other text to evaluate on; default: the run's held-out text.")
+@click.option(
+    "--data", "data", multiple=True, metavar="PATH", help="Other text to evaluate on; default: the run's held-out text."
+)
 @click.option("--device", default="auto", show_default=True)
 @_verb_options
 def evaluate(run, data, device, quiet, as_json) -> None:
@@ -146,9 +177,11 @@ def evaluate(run, data, device, quiet, as_json) -> None:
     if as_json:
         _print_json(asdict(found))
     else:
-        click.echo(f"loss {number_text(found.loss)} nats per token, perplexity {number_text(found.perplexity, 2)}, "
-                   f"{number_text(found.bits_per_byte)} bits per byte "
-                   f"({integer_text(found.tokens)} tokens, {integer_text(found.bytes)} bytes)")
+        click.echo(
+            f"loss {number_text(found.loss)} nats per token, perplexity {number_text(found.perplexity, 2)}, "
+            f"{number_text(found.bits_per_byte)} bits per byte "
+            f"({integer_text(found.tokens)} tokens, {integer_text(found.bytes)} bytes)"
+        )
 
 
 @cli.command()
@@ -164,7 +197,9 @@ def evaluate(run, data, device, quiet, as_json) -> None:
 @click.option("--n", "n", type=int, default=1, show_default=True, help="How many texts.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
-def generate(run, prompt, max_tokens, temperature, top_k, top_p, repetition_penalty, stop, seed, n, device, as_json) -> None:
+def generate(
+    run, prompt, max_tokens, temperature, top_k, top_p, repetition_penalty, stop, seed, n, device, as_json
+) -> None:
     """Continue a prompt with a run's newest model.
 
     \b
@@ -260,7 +295,9 @@ def _failed(problem: KiemError, as_json: bool) -> int:
     if as_json:
         _print_json({"error": {"kind": kind, "message": str(problem), "exit_code": problem.exit_code}})
     word = "stopped" if kind == "Stopped" else "error"
-    click.echo(click.style(f"{word}:", fg="yellow" if kind == "Stopped" else "red", bold=True) + f" {problem}", err=True)
+    click.echo(
+        click.style(f"{word}:", fg="yellow" if kind == "Stopped" else "red", bold=True) + f" {problem}", err=True
+    )
     return problem.exit_code
 
 
@@ -282,7 +319,9 @@ def _sources(entries: Any) -> list[str | dict[str, Any]] | None:
         try:
             found.append({"path": path, "weight": float(weight)})
         except ValueError:
-            raise ConfigError(f"--data {entry}: {weight!r} is not a weight: write PATH or PATH=WEIGHT, a number above 0") from None
+            raise ConfigError(
+                f"--data {entry}: {weight!r} is not a weight: write PATH or PATH=WEIGHT, a number above 0"
+            ) from None
     return found or None
 
 

@@ -26,10 +26,14 @@ def check_torch() -> None:
     """Raise ConfigError if the installed torch is older than Kiem supports."""
     import torch
 
-    have = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in torch.__version__.split("+")[0].split(".")[:2])
+    have = tuple(
+        int("".join(filter(str.isdigit, part)) or 0) for part in torch.__version__.split("+")[0].split(".")[:2]
+    )
     if have < OLDEST_TORCH:
         need = ".".join(map(str, OLDEST_TORCH))
-        raise ConfigError(f"torch {torch.__version__} is installed; Kiem needs {need} or newer: pip install 'torch>={need}'")
+        raise ConfigError(
+            f"torch {torch.__version__} is installed; Kiem needs {need} or newer: pip install 'torch>={need}'"
+        )
 
 
 def cache_dir() -> Path:
@@ -72,7 +76,9 @@ def select_device(name: str) -> "torch.device":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(name.partition(":")[2] or 0)
         if index >= count:
-            raise ConfigError(f"device: {name} was asked for and this machine has {count} CUDA devices: use auto or cpu")
+            raise ConfigError(
+                f"device: {name} was asked for and this machine has {count} CUDA devices: use auto or cpu"
+            )
     return torch.device(name)
 
 

@@ -16,7 +16,12 @@ SMALL = ModelConfig(vocab_size=100, context_length=32, emb_dim=32, n_heads=2, n_
 def test_published_sizes():
     sizes = {name: total_parameters(model) for name, model in PRESETS.items()}
     # As in transformers' GPT2LMHeadModel for openai-community/gpt2, -medium, -large, -xl
-    assert sizes == {"gpt2-124m": 124_439_808, "gpt2-355m": 354_823_168, "gpt2-774m": 774_030_080, "gpt2-1558m": 1_557_611_200}
+    assert sizes == {
+        "gpt2-124m": 124_439_808,
+        "gpt2-355m": 354_823_168,
+        "gpt2-774m": 774_030_080,
+        "gpt2-1558m": 1_557_611_200,
+    }
 
 
 @given(st.integers(1, 40))
@@ -26,7 +31,9 @@ def test_any_depth_resolves_and_is_complete(depth):
     train = resolved.train
     assert resolved.model.emb_dim == 64 * depth and resolved.model.n_layers == depth
     assert None not in train.model_dump().values()
-    assert train.batch_tokens % train.micro_batch_tokens == train.micro_batch_tokens % resolved.model.context_length == 0
+    assert (
+        train.batch_tokens % train.micro_batch_tokens == train.micro_batch_tokens % resolved.model.context_length == 0
+    )
     assert train.tokens % train.batch_tokens == 0
     assert resolve(resolved, tokenizer_vocab_size(config)) == resolved
 

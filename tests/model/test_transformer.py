@@ -9,7 +9,9 @@ from kiem.config.model import ModelConfig
 from kiem.model.transformer import Transformer
 
 GPT2 = dict(vocab_size=50, context_length=16, emb_dim=24, n_heads=4, n_layers=2)
-QWEN3 = GPT2 | dict(norm="rmsnorm", position="rope", qk_norm=True, activation="swiglu", bias=False, tie_embeddings=False, n_kv_heads=2)
+QWEN3 = GPT2 | dict(
+    norm="rmsnorm", position="rope", qk_norm=True, activation="swiglu", bias=False, tie_embeddings=False, n_kv_heads=2
+)
 TOKENS = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -23,7 +25,8 @@ def shapes(model):
 
 @pytest.mark.parametrize(("base", "field", "value"), [
     (GPT2, "vocab_size", 51), (GPT2, "context_length", 17), (GPT2, "emb_dim", 28), (GPT2, "n_layers", 3),
-    (GPT2, "qkv_bias", True), (GPT2, "hidden_dim", 50), (GPT2, "n_kv_heads", 2), (GPT2, "head_dim", 8), (GPT2, "norm", "rmsnorm"),
+    (GPT2, "qkv_bias", True), (GPT2, "hidden_dim", 50),
+    (GPT2, "n_kv_heads", 2), (GPT2, "head_dim", 8), (GPT2, "norm", "rmsnorm"),
     (GPT2, "activation", "swiglu"), (GPT2, "position", "rope"), (GPT2, "qk_norm", True), (GPT2, "bias", False),
     (GPT2, "tie_embeddings", False),
 ])  # fmt: skip
@@ -56,8 +59,14 @@ def test_dropout_in_training_only():
 
 def test_gpt_config_124m_has_the_known_count():
     """The chapter's seven keys, tied: 124,412,160; with the bias 124,439,808; untied 163,009,536."""
-    config = ModelConfig(vocab_size=50257, context_length=1024, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1, qkv_bias=False)
-    for changes, count in (({}, 124_412_160), ({"qkv_bias": True}, 124_439_808), ({"tie_embeddings": False}, 163_009_536)):
+    config = ModelConfig(
+        vocab_size=50257, context_length=1024, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1, qkv_bias=False
+    )
+    for changes, count in (
+        ({}, 124_412_160),
+        ({"qkv_bias": True}, 124_439_808),
+        ({"tie_embeddings": False}, 163_009_536),
+    ):
         with torch.device("meta"):
             model = Transformer(config.model_copy(update=changes))
         assert sum(p.numel() for p in model.parameters()) == count

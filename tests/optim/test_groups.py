@@ -14,8 +14,17 @@ UNTIED = SMALL.model_copy(update={"tie_embeddings": False})
 
 def build(optimizer="muon", config=SMALL, init="zero_output", weight_decay=0.1):
     model = Transformer(config).initialise(0, init)
-    train = TrainConfig(tokens=100, batch_tokens=8, optimizer=optimizer, lr=0.01, weight_decay=weight_decay, init=init,
-                        matrix_lr=0.02 if optimizer == "muon" else None, warmup_tokens=0, cooldown_tokens=0)
+    train = TrainConfig(
+        tokens=100,
+        batch_tokens=8,
+        optimizer=optimizer,
+        lr=0.01,
+        weight_decay=weight_decay,
+        init=init,
+        matrix_lr=0.02 if optimizer == "muon" else None,
+        warmup_tokens=0,
+        cooldown_tokens=0,
+    )
     return model, build_optimizer(model, train)
 
 
@@ -49,7 +58,7 @@ def test_weight_decay_reaches_matrices_only():
 
 
 def test_embedding_of_deviation_one_moves_faster():
-    model, opt = build(config=UNTIED)
+    _, opt = build(config=UNTIED)
     rates = {opt.names[id(p)]: group["lr"] for group in opt.adamw.param_groups for p in group["params"]}
     assert rates["tok_emb.weight"] == pytest.approx(0.01 * 50)
     assert rates["head.weight"] == rates["final_norm.weight"] == pytest.approx(0.01)

@@ -16,8 +16,8 @@ from kiem.plan.memory import block_activations, memory, micro_batch, outer_activ
 from kiem.train.step import train_step
 
 GPT2 = {"vocab_size": 300, "context_length": 64, "emb_dim": 64, "n_heads": 4, "n_layers": 3}
-MODERN = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "qk_norm": True, "bias": False, "n_kv_heads": 2,
-          "hidden_dim": 160}
+MODERN = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "qk_norm": True, "bias": False,
+"n_kv_heads": 2, "hidden_dim": 160}
 
 
 def resolved(model: dict, rows: int, micro_batches: int = 1, **train) -> RunConfig:
@@ -135,4 +135,4 @@ def test_kinds_follow_their_causes():
     assert twice.peak - base.peak == base.batch  # accumulation is flat but for the tokens themselves
     assert changed(optimizer="adamw").optimizer > base.optimizer
     assert memory(config.model, config.train, 4, packed=False).activations < base.activations
-    assert micro_batch(config.model, config.train, 4, True).N == config.train.micro_batch_tokens
+    assert config.train.micro_batch_tokens == micro_batch(config.model, config.train, 4, True).N

@@ -1,4 +1,5 @@
-"""One update: the same whatever way the batch is cut (T1), refused when not finite (T2), and it reaches everything (T18)."""
+"""One update: the same whatever way the batch is cut (T1), refused when not finite (T2), and it reaches everything
+(T18)."""
 
 import math
 
@@ -16,10 +17,30 @@ from kiem.train.step import train_step
 
 B, T, V = 8, 16, 40
 GPT2 = ModelConfig(vocab_size=V, context_length=T, emb_dim=16, n_heads=2, n_layers=2, qkv_bias=True)
-QWEN3 = ModelConfig(vocab_size=V, context_length=T, emb_dim=16, n_heads=4, n_kv_heads=2, n_layers=2, norm="rmsnorm", position="rope",
-                    qk_norm=True, activation="swiglu", bias=False, tie_embeddings=False)
-TRAIN = TrainConfig(tokens=10 * B * T, batch_tokens=B * T, lr=0.01, matrix_lr=0.02, weight_decay=0.01, warmup_tokens=0,
-                    cooldown_tokens=0, init="zero_output")
+QWEN3 = ModelConfig(
+    vocab_size=V,
+    context_length=T,
+    emb_dim=16,
+    n_heads=4,
+    n_kv_heads=2,
+    n_layers=2,
+    norm="rmsnorm",
+    position="rope",
+    qk_norm=True,
+    activation="swiglu",
+    bias=False,
+    tie_embeddings=False,
+)
+TRAIN = TrainConfig(
+    tokens=10 * B * T,
+    batch_tokens=B * T,
+    lr=0.01,
+    matrix_lr=0.02,
+    weight_decay=0.01,
+    warmup_tokens=0,
+    cooldown_tokens=0,
+    init="zero_output",
+)
 ADAMW = TRAIN.model_copy(update={"optimizer": "adamw", "matrix_lr": None, "init": "gpt2"})
 
 
@@ -39,7 +60,8 @@ def make_model(config=QWEN3, init="gpt2"):
 
 
 def gradients(rows_per_micro_batch):
-    """Gradients as the step computes them, taken before the update (a clip of everything is off, lr does not matter)."""
+    """Gradients as the step computes them, taken before the update (a clip of everything is off, lr does not
+    matter)."""
     model = make_model()
     optimizer = build_optimizer(model, TRAIN)
     train = TRAIN.model_copy(update={"max_grad_norm": 0.0})
@@ -68,8 +90,15 @@ def _rank(rank, port, folder):
     model = make_model()
     train = TRAIN.model_copy(update={"max_grad_norm": 0.0})
     result = train_step(model, build_optimizer(model, train), rows.micro(2), train, 0)
-    torch.save({"loss": result.loss, "tokens": result.tokens, "grad_norm": result.grad_norm,
-                **{n: p.grad for n, p in model.named_parameters()}}, f"{folder}/{rank}.pt")
+    torch.save(
+        {
+            "loss": result.loss,
+            "tokens": result.tokens,
+            "grad_norm": result.grad_norm,
+            **{n: p.grad for n, p in model.named_parameters()},
+        },
+        f"{folder}/{rank}.pt",
+    )
     torch.distributed.destroy_process_group()
 
 

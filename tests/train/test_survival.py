@@ -160,7 +160,8 @@ def test_killed_again_and_again_a_little_later(server, undisturbed, tmp_path):
 
 
 def test_killed_around_the_last_records(server, undisturbed, tmp_path):
-    """Between the final evaluation, the last save and the end there is no moment at which a record is lost or doubled."""
+    """Between the final evaluation, the last save and the end there is no moment at which a record is lost or
+    doubled."""
     expected, operations, _ = undisturbed
     for before_end in range(12):
         run = tmp_path / f"run{before_end}"

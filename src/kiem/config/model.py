@@ -1,8 +1,9 @@
 """The model configuration: what a GPT is, in the field's standard names.
 
-The first seven keys are those of the GPT-2 configuration as it is usually written down (`GPT_CONFIG_124M`). The others have
-defaults that give exactly GPT-2, so that those seven keys alone build it. A family (gpt2, llama, qwen3) is a set of values
-of these fields (config/presets.py), not a class.
+The first seven keys are those of the GPT-2 configuration as it is usually written down (`GPT_CONFIG_124M`). The
+others have
+defaults that give exactly GPT-2, so that those seven keys alone build it. A family (gpt2, llama, qwen3) is a set of
+values of these fields (config/presets.py), not a class.
 """
 
 from typing import Any, Literal
@@ -26,13 +27,21 @@ class ModelConfig(Config):
     vocab_size: int = Field(ge=2, le=4_000_000, description="entries of the token embedding, at least the tokenizer's")
     context_length: int = Field(ge=2, le=4_194_304, description="most tokens the model sees at once")
     emb_dim: int = Field(ge=1, le=65_536, description="width of the residual stream")
-    n_heads: int = Field(ge=1, le=1_024, description="attention heads; emb_dim is divisible by it unless head_dim is set")
+    n_heads: int = Field(
+        ge=1, le=1_024, description="attention heads; emb_dim is divisible by it unless head_dim is set"
+    )
     n_layers: int = Field(ge=1, le=1_024, description="transformer blocks, the depth")
-    drop_rate: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on embeddings, attention weights and residual branches")
+    drop_rate: float = Field(
+        0.0, ge=0.0, lt=1.0, description="dropout on embeddings, attention weights and residual branches"
+    )
     qkv_bias: bool = Field(False, description="bias on the query, key and value projections")
 
-    hidden_dim: int | None = Field(None, ge=1, le=1_048_576, description="width inside the feed-forward; default 4 * emb_dim")
-    n_kv_heads: int | None = Field(None, ge=1, le=1_024, description="key and value heads (grouped-query); default n_heads")
+    hidden_dim: int | None = Field(
+        None, ge=1, le=1_048_576, description="width inside the feed-forward; default 4 * emb_dim"
+    )
+    n_kv_heads: int | None = Field(
+        None, ge=1, le=1_024, description="key and value heads (grouped-query); default n_heads"
+    )
     head_dim: int | None = Field(None, ge=1, le=1_024, description="width of one head; default emb_dim / n_heads")
     norm: Norm = Field("layernorm", description="normalisation before each branch and at the end")
     norm_eps: float = Field(1e-5, gt=0.0, le=0.1, description="added to the variance inside the norm")

@@ -5,20 +5,25 @@ The derivation, in the order in which it is done. M: measured (records/), A: ass
  1. emb_dim = 64 * depth. Width and depth grow together; a fixed ratio loses little over three orders of magnitude of
     size (A: Kaplan et al. 2020, arXiv:2001.08361, fig. 5).
  2. Heads of 64, half as many for keys and values (A: Ainslie et al. 2023, arXiv:2305.13245).
- 3. hidden_dim = 8/3 * emb_dim, rounded up to 64, so that SwiGLU's three matrices weigh what two of 4 * emb_dim do (A: Shazeer 2020).
+ 3. hidden_dim = 8/3 * emb_dim, rounded up to 64, so that SwiGLU's three matrices weigh what two of 4 * emb_dim do
+    (A: Shazeer 2020).
  4. context_length = 64 * depth, rounded up to a power of two, between 256 and 2048: text a model of this size can use.
  5. A bpe tokenizer of 1024 * depth entries, rounded to a power of two, between 2048 and 65536 (M at depth 4).
  6. tokens = 20 per parameter that is multiplied with (blocks and head; A: Hoffmann et al. 2022, arXiv:2203.15556).
  7. batch_tokens = 4 * sqrt(tokens), rounded to a power of two, at least one context: the batch that still
     pays grows about with the square root of the data (A: Zhang et al. 2024, arXiv:2410.21676; the factor M).
- 8. matrix_lr = 0.02 at any width: an orthogonal update has the same effect on a matrix of any size (A: Jordan 2024; M at depth 4).
- 9. lr of AdamW = 0.004 * sqrt(256 / emb_dim) for embeddings, head and vectors beside Muon (M at depth 4, the power A); for
-    AdamW alone 6e-4 * sqrt(768 / emb_dim) (A: Brown et al. 2020, table 2.1, which this follows within a factor of 1.3).
-10. weight_decay: 0.1 with AdamW (A: Brown et al. 2020); with Muon 0 below a full run of item 6 and as much there as (M).
-11. Warm-up over 2 % of the tokens, cool-down linear to 0 over the last 40 % (A: Hägele et al. 2024, arXiv:2405.18392; M at depth 4).
+ 8. matrix_lr = 0.02 at any width: an orthogonal update has the same effect on a matrix of any size (A: Jordan 2024;
+    M at depth 4).
+ 9. lr of AdamW = 0.004 * sqrt(256 / emb_dim) for embeddings, head and vectors beside Muon (M at depth 4, the power A);
+    for AdamW alone 6e-4 * sqrt(768 / emb_dim) (A: Brown et al. 2020, table 2.1, which this follows within a factor of 1.3).
+10. weight_decay: 0.1 with AdamW (A: Brown et al. 2020); with Muon 0 below a full run of item 6 and as much there as
+    (M).
+11. Warm-up over 2 % of the tokens, cool-down linear to 0 over the last 40 % (A: Hägele et al. 2024,
+    arXiv:2405.18392; M at depth 4).
 12. A forward pass takes the whole batch, but no more tokens than 16384 * 256 / emb_dim (at least one context), so that
     activations stay within a few GB; the rest accumulates.
-13. Ten evaluations, samples and saves in a run, and one more of each at its end. On the way at most 65,536 held-out tokens.
+13. Ten evaluations, samples and saves in a run, and one more of each at its end. On the way at most 65,536 held-out
+    tokens.
 """
 
 import math
@@ -32,8 +37,15 @@ DEFAULT_DEPTH = 4
 
 
 def _gpt2(emb_dim: int, n_heads: int, n_layers: int) -> ModelConfig:
-    return ModelConfig(vocab_size=50257, context_length=1024, emb_dim=emb_dim, n_heads=n_heads, n_layers=n_layers,
-                       drop_rate=0.1, qkv_bias=True)
+    return ModelConfig(
+        vocab_size=50257,
+        context_length=1024,
+        emb_dim=emb_dim,
+        n_heads=n_heads,
+        n_layers=n_layers,
+        drop_rate=0.1,
+        qkv_bias=True,
+    )
 
 
 PRESETS: dict[str, ModelConfig] = {
@@ -84,12 +96,15 @@ def resolve(config: RunConfig, vocab_size: int) -> RunConfig:
     model = config.model or default_model(config.depth or DEFAULT_DEPTH, vocab_size)
     if model.vocab_size < vocab_size:
         raise ConfigError(
-            f"model.vocab_size is {model.vocab_size} and the tokenizer has {vocab_size} tokens: set model.vocab_size to "
+            f"model.vocab_size is {model.vocab_size} and the tokenizer has {vocab_size} tokens: set it to "
             f"at least {vocab_size}, or use a smaller tokenizer (data.tokenizer_vocab_size)"
         )
     filled = config.train.model_dump() | _training(config.train, model)
-    data = config.data.model_copy(update={"tokenizer_vocab_size": config.data.tokenizer_vocab_size or vocab_size}
-                                  if config.data.tokenizer == "bpe" else {})
+    data = config.data.model_copy(
+        update={"tokenizer_vocab_size": config.data.tokenizer_vocab_size or vocab_size}
+        if config.data.tokenizer == "bpe"
+        else {}
+    )
     return config.model_copy(update={"model": model, "depth": None, "data": data, "train": TrainConfig(**filled)})
 
 
@@ -107,7 +122,9 @@ def _training(train: TrainConfig, model: ModelConfig) -> dict[str, Any]:
     if not problems and batch % micro:
         problems.append(f"train.batch_tokens {batch} is not a multiple of train.micro_batch_tokens {micro}")
     if tokens < batch:
-        problems.append(f"train.tokens {tokens} is less than one batch of {batch} tokens: train on more, or lower train.batch_tokens")
+        problems.append(
+            f"train.tokens {tokens} is less than one batch of {batch} tokens: train on more, or lower batch_tokens"
+        )
     for name in ("warmup_tokens", "cooldown_tokens"):
         if (value := getattr(train, name)) is not None and value > tokens:
             problems.append(f"train.{name} {value} is more than train.tokens {tokens}")

@@ -13,9 +13,14 @@ from kiem.config.model import Config, ModelConfig
 class Source(Config):
     """Where text comes from, and how much of it."""
 
-    path: str = Field(min_length=1, description="file, folder, glob, '-' (standard input), 'python' (the Python standard "
-                      "library of this machine), or 'hf:NAME' (Hugging Face datasets, needs kiem[hub])")
-    weight: float = Field(1.0, gt=0.0, le=1e6, description="share of the training tokens, relative to the other sources")
+    path: str = Field(
+        min_length=1,
+        description="file, folder, glob, '-' (standard input), 'python' (the Python standard "
+        "library of this machine), or 'hf:NAME' (Hugging Face datasets, needs kiem[hub])",
+    )
+    weight: float = Field(
+        1.0, gt=0.0, le=1e6, description="share of the training tokens, relative to the other sources"
+    )
     text_key: str = Field("text", min_length=1, description="field or column of the text in JSONL, Parquet, datasets")
 
 
@@ -25,11 +30,19 @@ class DataConfig(Config):
     sources: list[Source] = Field(default_factory=lambda: [Source(path="python")], min_length=1, max_length=1000)
     validation: list[Source] | None = Field(None, description="text for evaluation; default: held out from the sources")
     validation_fraction: float = Field(0.01, gt=0.0, lt=1.0, description="share of the documents held out, by content")
-    tokenizer: str = Field("bpe", min_length=1, description="bpe (trained on the text), bytes, chars, a tokenizer.json, "
-                           "or a folder with vocab.json and merges.txt")
-    tokenizer_vocab_size: int | None = Field(None, ge=258, le=1_000_000, description="entries of a trained bpe tokenizer")
+    tokenizer: str = Field(
+        "bpe",
+        min_length=1,
+        description="bpe (trained on the text), bytes, chars, a tokenizer.json, "
+        "or a folder with vocab.json and merges.txt",
+    )
+    tokenizer_vocab_size: int | None = Field(
+        None, ge=258, le=1_000_000, description="entries of a trained bpe tokenizer"
+    )
     on_bad_text: Literal["skip", "replace", "error"] = Field(
-        "skip", description="a document that is not valid UTF-8: left out, read with U+FFFD in place of bad bytes, or refused")
+        "skip",
+        description="a document that is not valid UTF-8: left out, read with U+FFFD in place of bad bytes, or refused",
+    )
     cross_document_attention: bool = Field(False, description="let packed documents see the ones before them")
 
 
@@ -38,10 +51,14 @@ class TrainConfig(Config):
 
     tokens: int | None = Field(None, ge=1, le=10**15, description="tokens to train on in all")
     batch_tokens: int | None = Field(None, ge=2, le=10**9, description="tokens per update")
-    micro_batch_tokens: int | None = Field(None, ge=2, le=10**9, description="tokens per forward pass; the rest accumulates")
+    micro_batch_tokens: int | None = Field(
+        None, ge=2, le=10**9, description="tokens per forward pass; the rest accumulates"
+    )
     optimizer: Literal["muon", "adamw"] = Field("muon", description="muon: Muon for matrices, AdamW for the rest")
     lr: float | None = Field(None, gt=0.0, le=10.0, description="peak learning rate of AdamW")
-    matrix_lr: float | None = Field(None, gt=0.0, le=10.0, description="peak learning rate of Muon; only with optimizer muon")
+    matrix_lr: float | None = Field(
+        None, gt=0.0, le=10.0, description="peak learning rate of Muon; only with optimizer muon"
+    )
     weight_decay: float | None = Field(None, ge=0.0, le=10.0, description="decoupled, on matrices only")
     beta1: float = Field(0.9, ge=0.0, lt=1.0)
     beta2: float = Field(0.95, ge=0.0, lt=1.0)
@@ -51,12 +68,20 @@ class TrainConfig(Config):
     cooldown: Literal["none", "linear", "cosine"] = Field("linear", description="shape of the fall")
     final_lr_fraction: float = Field(0.0, ge=0.0, le=1.0, description="of the peak learning rate, at the last token")
     init: Literal["gpt2", "zero_output"] | None = Field(
-        None, description="initial weights: as GPT-2, or blocks that begin as the identity; default zero_output with muon")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the processor has it")
+        None,
+        description="initial weights: as GPT-2, or blocks that begin as the identity; default zero_output with muon",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the processor has it"
+    )
     compile: bool = Field(False, description="torch.compile the model: a start of seconds to minutes for a faster step")
-    activation_checkpointing: bool = Field(False, description="recompute each block in backward: less memory, more time")
+    activation_checkpointing: bool = Field(
+        False, description="recompute each block in backward: less memory, more time"
+    )
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations on held-out text")
-    eval_tokens: int | None = Field(None, ge=1, description="at most so many held-out tokens in an evaluation on the way")
+    eval_tokens: int | None = Field(
+        None, ge=1, description="at most so many held-out tokens in an evaluation on the way"
+    )
     sample_every: int | None = Field(None, ge=1, description="steps between samples")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, le=10_000, description="newest checkpoints that stay on disk")
@@ -69,15 +94,20 @@ class TrainConfig(Config):
         if self.cooldown == "none" and self.cooldown_tokens:
             raise ValueError("cooldown_tokens has no effect with cooldown 'none'")
         if self.batch_tokens and self.micro_batch_tokens and self.batch_tokens % self.micro_batch_tokens:
-            raise ValueError(f"batch_tokens {self.batch_tokens} is not a multiple of micro_batch_tokens {self.micro_batch_tokens}")
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} is not a multiple of micro_batch_tokens {self.micro_batch_tokens}"
+            )
         return self
 
 
 class RunConfig(Config):
-    """Everything that decides a run. Two runs with equal RunConfig and equal text are equal bit for bit on one machine."""
+    """Everything that decides a run. Two runs with equal RunConfig and equal text are equal bit for bit on one
+    machine."""
 
     model: ModelConfig | None = Field(None, description="the model; or use depth")
-    depth: int | None = Field(None, ge=1, le=128, description="the dial: layers of the default family; sets everything else")
+    depth: int | None = Field(
+        None, ge=1, le=128, description="the dial: layers of the default family; sets everything else"
+    )
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     seed: int = Field(0, ge=0, lt=2**63, description="of initial weights, data order, dropout and samples")

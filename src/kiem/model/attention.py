@@ -14,7 +14,8 @@ from kiem.ops.rotary import rotate
 
 
 def rotary_tables(positions_BT: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2i/K), each (B, T, 1, K/2): Su et al. 2021, arXiv:2104.09864. Angles in float32."""
+    """cos and sin of position * base^(-2i/K), each (B, T, 1, K/2): Su et al. 2021, arXiv:2104.09864. Angles in
+    float32."""
     # The reciprocal is rounded as transformers rounds it: another rounding moves logits by 5e-4 at position 131,072.
     index_K = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device)
     angle_BTK = positions_BT[:, :, None].float() * (1.0 / base ** (index_K / head_dim))
@@ -58,7 +59,9 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(K, config.norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
         B, T, _ = x_BTD.shape
         q_BTHK = self.q(x_BTD).view(B, T, self.n_heads, self.head_dim)
         k_BTGK = self.k(x_BTD).view(B, T, self.n_kv_heads, self.head_dim)
@@ -71,7 +74,9 @@ class Attention(nn.Module):
         if cache is not None:
             k_BGSK, v_BGSK = cache.extend(self.layer, k_BGSK, v_BGSK)
         o_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BGSK, v_BGSK,
+            q_BHTK,
+            k_BGSK,
+            v_BGSK,
             attn_mask=mask,
             dropout_p=self.drop_rate if self.training else 0.0,
             is_causal=mask is None and T > 1,

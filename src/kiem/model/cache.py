@@ -12,7 +12,8 @@ from kiem.config.model import ModelConfig
 class Cache:
     """Room for `length` positions of `batch` sequences; all rows advance together.
 
-    `valid_BS` says which slots hold a token of the row (rows padded on the left begin later); attention sees only those.
+    `valid_BS` says which slots hold a token of the row (rows padded on the left begin later); attention sees only
+    those.
     """
 
     def __init__(self, config: ModelConfig, batch: int, length: int, device=None, dtype=torch.float32):

@@ -2,8 +2,8 @@
 
 Shapes: B batch, T time, D embedding, F hidden.
 
-Weights are float32 masters. A layer casts its weight to the data type of its input, so that the compute type of the whole
-model is decided in one place (transformer.py) and the optimiser always updates float32.
+Weights are float32 masters. A layer casts its weight to the data type of its input, so that the compute type of the
+whole model is decided in one place (transformer.py) and the optimiser always updates float32.
 """
 
 import torch

@@ -48,7 +48,9 @@ class Transformer(nn.Module):
     checkpoint_blocks: recompute each block in backward instead of keeping what is inside it.
     """
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32, checkpoint_blocks: bool = False):
+    def __init__(
+        self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32, checkpoint_blocks: bool = False
+    ):
         super().__init__()
         self.config, self.compute_dtype, self.checkpoint_blocks = config, compute_dtype, checkpoint_blocks
         self.tok_emb = Embedding(config.vocab_size, config.emb_dim)
@@ -75,7 +77,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """x_BTD after the last norm, in compute_dtype.
 
-        tokens_BT: int64. positions_BT: int64, default 0..T-1 (after the cache's length). docs_BT: attention stays inside
+        tokens_BT: int64. positions_BT: int64, default 0..T-1 (after the cache's length). docs_BT: attention stays
+        inside
         equal numbers; None lets every token see all before it. cache: is extended by these tokens; then valid_BT says
         which of them are real (default all) and docs_BT is not used.
         """
@@ -97,7 +100,9 @@ class Transformer(nn.Module):
                 x_BTD = block(x_BTD, rotary, mask, cache)
         return self.final_norm(x_BTD)
 
-    def _mask(self, tokens_BT: Tensor, docs_BT: Tensor | None, cache: Cache | None, valid_BT: Tensor | None) -> Tensor | None:
+    def _mask(
+        self, tokens_BT: Tensor, docs_BT: Tensor | None, cache: Cache | None, valid_BT: Tensor | None
+    ) -> Tensor | None:
         if cache is None:
             return None if docs_BT is None else document_mask(docs_BT)
         cache.advance(torch.ones_like(tokens_BT, dtype=torch.bool) if valid_BT is None else valid_BT)
@@ -113,8 +118,8 @@ class Transformer(nn.Module):
         """Fill every weight from `seed`. Norms are 1, biases 0. Returns self.
 
         gpt2: normal(0.02), the projections that end a residual branch normal(0.02 / sqrt(2 L)) (Radford et al. 2019).
-        zero_output: matrices normal(1 / sqrt(fan in)), branch ends and an untied head 0, so that every block begins as the
-        identity and the first loss is log V; embeddings normal(1), or normal(0.02) when they are also the head.
+        zero_output: matrices normal(1 / sqrt(fan in)), branch ends and an untied head 0, so that every block begins
+        as the identity and the first loss is log V; embeddings normal(1), or normal(0.02) when they are also the head.
         """
         generator = torch.Generator().manual_seed(seed)
         gpt2 = scheme == "gpt2"

@@ -2,9 +2,10 @@
 
 Shapes: N positions, D embedding, V vocabulary.
 
-The logits of N positions are N*V numbers: for GPT-2 at 2x1024 tokens 412 MB, held up to four times (logits, log-softmax,
-and a gradient of each). Here rows are taken a chunk at a time, and the gradient of a chunk is made while its logits are at hand:
-softmax minus one-hot, times the head, forward and backward in three matrix products, none repeated.
+The logits of N positions are N*V numbers: for GPT-2 at 2x1024 tokens 412 MB, held up to four times (logits,
+log-softmax,
+and a gradient of each). Here rows are taken a chunk at a time, and the gradient of a chunk is made while its logits
+are at hand: softmax minus one-hot, times the head, forward and backward in three matrix products, none repeated.
 (The idea: Wijmans et al. 2024, arXiv:2411.09009, and Hsu et al. 2024, arXiv:2410.10989.)
 """
 

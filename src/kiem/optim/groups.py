@@ -55,7 +55,8 @@ class Optimizer:
                 if keys:
                     # step stays on the CPU in float32 or follows the parameter when fused, as torch keeps it
                     self.adamw.state[p] = {
-                        key: left.pop(f"{prefix}.{key}").to(device=p.device, dtype=torch.float32, copy=True) for key in keys
+                        key: left.pop(f"{prefix}.{key}").to(device=p.device, dtype=torch.float32, copy=True)
+                        for key in keys
                     }
         for name, moment in (self.muon.moments if self.muon else {}).items():
             moment.copy_(left.pop(f"{name}.momentum"))
@@ -82,7 +83,11 @@ def build_optimizer(model: Transformer, train: TrainConfig) -> Optimizer:
     if not muon:
         add([*matrices.values(), *tables.values()], train.lr, decay)
     else:
-        faster = {n: p for n, p in tables.items() if train.init == "zero_output" and n != "head.weight" and not model.config.tie_embeddings}
+        faster = {
+            n: p
+            for n, p in tables.items()
+            if train.init == "zero_output" and n != "head.weight" and not model.config.tie_embeddings
+        }
         add(list(faster.values()), train.lr * EMBEDDING_RATE, 0.0)
         add([p for n, p in tables.items() if n not in faster], train.lr, 0.0)
     add(list(vectors.values()), train.lr, 0.0)

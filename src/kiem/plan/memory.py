@@ -153,7 +153,8 @@ def loss_bytes(model: ModelConfig, rows: Rows) -> int:
 
 
 def _backward_bytes(model: ModelConfig, rows: Rows) -> int:
-    """What backward takes for a moment at its widest place, inside the feed-forward: (N, F) made again, and gradients."""
+    """What backward takes for a moment at its widest place, inside the feed-forward: (N, F) made again, and
+    gradients."""
     widest = model.hidden_dim * (3 if model.activation == "swiglu" else 2)
     return rows.N * (widest + 2 * model.emb_dim) * rows.e
 

@@ -14,7 +14,8 @@ from kiem.train.step import loss_sum
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per token; perplexity: exp(loss); bits_per_byte: all nats / ln 2 / bytes of the text; seconds: it took."""
+    """loss: nats per token; perplexity: exp(loss); bits_per_byte: all nats / ln 2 / bytes of the text; seconds: it
+    took."""
 
     loss: float
     perplexity: float

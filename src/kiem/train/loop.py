@@ -11,8 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kiem import runtime
 from kiem.config.read import config_dict, write_config
 from kiem.config.run import RunConfig
@@ -41,7 +39,8 @@ def train(
     listener: Listener | None = None,
     quiet: bool = False,
 ) -> Evaluation:
-    """Train from the newest whole checkpoint in `folder` (or from the start) to the last token; return the final evaluation.
+    """Train from the newest whole checkpoint in `folder` (or from the start) to the last token; return the final
+    evaluation.
 
     config: resolved. plan: contents of plan.json. Ctrl-C and SIGTERM end the step, save, and raise Stopped;
     NumericsError, StorageError, BusyError, CheckpointError and DataError as their names say.
@@ -65,8 +64,15 @@ def write_facts(config: RunConfig, folder: Path, dataset: Dataset, plan: dict[st
 class Trainer:
     """One process at work on one run folder, which it has locked."""
 
-    def __init__(self, config: RunConfig, folder: Path, dataset: Dataset, sampler: Sampler | None,
-                 listener: Listener | None, quiet: bool):
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        dataset: Dataset,
+        sampler: Sampler | None,
+        listener: Listener | None,
+        quiet: bool,
+    ):
         self.config, self.folder, self.dataset = config, folder, dataset
         self.sampler, self.listener = sampler, listener
         self.train, context = config.train, config.model.context_length
@@ -135,7 +141,9 @@ class Trainer:
         batch = self.loader.batch(self.step).to(self.device)
         micro_batches = batch.micro(self.train.micro_batch_tokens // self.config.model.context_length)
         try:
-            result = train_step(self.model, self.optimizer, micro_batches, self.train, self.tokens, self.documents_apart)
+            result = train_step(
+                self.model, self.optimizer, micro_batches, self.train, self.tokens, self.documents_apart
+            )
         except NumericsError as problem:
             raise self.explained(problem, batch, micro_batches) from problem
         self.step += 1
@@ -144,8 +152,8 @@ class Trainer:
         if verdict is not None and verdict.stop:
             self.record("stop", reason=verdict.reason, time=_now())
             raise NumericsError(
-                f"step {self.step}: {verdict.reason}. The run was stopped; its checkpoints are kept. Start a new run with a lower learning "
-                f"rate (train.lr {self.train.lr:g}), or look at the batch: {_some(batch.documents)}"
+                f"step {self.step}: {verdict.reason}. The run was stopped; its checkpoints are kept. "
+                f"Start a new run with a lower learning rate (train.lr {self.train.lr:g}), or look at the batch: {_some(batch.documents)}"
             )
         if verdict is not None:
             self.progress.note(f"step {self.step}: {verdict.reason}")
@@ -170,7 +178,9 @@ class Trainer:
         """The refusal of a step with its place: step, documents, the first operation that is not finite."""
         causes = (sentinels.first_nonfinite(self.model, part, self.documents_apart) for part in micro_batches)
         cause = next((c for c in causes if not c.startswith("not found")), "not found in a repetition of the step")
-        reason = f"step {self.step + 1}: {problem}. First place: {cause}. Documents of the batch: {_some(batch.documents)}"
+        reason = (
+            f"step {self.step + 1}: {problem}. First place: {cause}. Documents of the batch: {_some(batch.documents)}"
+        )
         self.record("stop", reason=reason, time=_now())
         path, _ = checkpoint.latest(self.folder)
         kept = f"The last good state is {path}" if path else "No checkpoint was saved yet"
@@ -193,7 +203,9 @@ class Trainer:
         """Samples, recorded; the first is shown."""
         if self.sampler is None:
             return
-        records = [{"step": self.step, "tokens": self.tokens, **sample} for sample in self.sampler(self.model, self.step)]
+        records = [
+            {"step": self.step, "tokens": self.tokens, **sample} for sample in self.sampler(self.model, self.step)
+        ]
         for record in records:
             self.samples.append(record)
             if self.listener is not None:
@@ -232,7 +244,8 @@ class Trainer:
             checkpoint.check_config(state, config_dict(self.config), path)
             if state["data"] != self.dataset.fingerprint:
                 raise checkpoint.CheckpointError(
-                    f"{path} was trained on other data (fingerprint {state['data'][:12]}, now {self.dataset.fingerprint[:12]}): "
+                    f"{path} was trained on other data (fingerprint {state['data'][:12]}, "
+                    f"now {self.dataset.fingerprint[:12]}): "
                     "the text or the tokenizer has changed. Restore it, or start a new run"
                 )
             checkpoint.restore(self.model.state_dict(), tensors["model"], path, "model")

@@ -45,13 +45,15 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over all micro-batches, then one update.
 
-    The loss is the sum over valid tokens divided by the number of valid tokens in the whole step, over micro-batches and
-    ranks, so that no split of the batch changes it. Raises NumericsError, before anything is updated, if the loss
+    The loss is the sum over valid tokens divided by the number of valid tokens in the whole step, over micro-batches
+    and ranks, so that no split of the batch changes it. Raises NumericsError, before anything is updated, if the loss
     or the gradient is not finite; the gradients are left in place for the search for the cause.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
-    valid = _sum_over_ranks(torch.tensor(float(sum(b.n_valid for b in micro_batches)), dtype=torch.float64, device=device))
+    valid = _sum_over_ranks(
+        torch.tensor(float(sum(b.n_valid for b in micro_batches)), dtype=torch.float64, device=device)
+    )
     optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float32, device=device)
     for batch in micro_batches:
