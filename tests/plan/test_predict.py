@@ -20,14 +20,15 @@ GIB = 2**30
 
 
 def config(preset: str = "gpt2-124m", **train) -> RunConfig:
-    train = {"tokens": 20_480, "batch_tokens": 2_048, "micro_batch_tokens": 1_024, "eval_every": 4, "eval_tokens": 1_000} | train
-    return resolve(RunConfig(model=PRESETS[preset], train=TrainConfig(**train)), 50_257)
+    usual = {"tokens": 20_480, "batch_tokens": 2_048, "micro_batch_tokens": 1_024}
+    usual |= {"eval_every": 4, "eval_tokens": 1_000}
+    return resolve(RunConfig(model=PRESETS[preset], train=TrainConfig(**usual | train)), 50_257)
 
 
 @pytest.fixture
 def speed(monkeypatch):
     """A machine whose speed is known: 2 s a micro-batch, 1 s an update, 1 ms a token of evaluation."""
-    monkeypatch.setattr(measure, "measure_speed", lambda _: measure.Speed(2.0, 1.0, 0.001, "by hand"))
+    monkeypatch.setattr(measure, "measure_speed", lambda _: measure.Speed(2.0, 1.0, 0.001, 1.25, "by hand"))
     monkeypatch.setattr(measure, "load_all", lambda: None)
 
 
@@ -60,7 +61,7 @@ def test_the_sums_of_a_measured_plan(speed, machine):
     assert plan["flops_per_token"]["total_flops"] == flops_per_token(PRESETS["gpt2-124m"]).total
     kinds = plan["memory"]
     assert plan["peak_memory_bytes"] == max(
-        kinds["process_peak_bytes"], kinds["process_bytes"] + kinds["peak_bytes"] + kinds["allocator_bytes"])
+        kinds["process_peak_bytes"], kinds["process_bytes"] + kinds["peak_bytes"] * 5 // 4)
     assert kinds["weights_bytes"] == kinds["gradients_bytes"] == 4 * 124_439_808
     h100 = next(of for of in plan["elsewhere"] if of["device"] == "H100")
     assert h100 == {"device": "H100", "fits": True, "least_seconds": plan["total_flops"] / 989e12}
@@ -88,7 +89,7 @@ def test_a_plan_is_json_with_units_in_its_keys(speed, machine):
 
 def test_the_plan_as_shown(speed, machine):
     shown = text_of(predict.plan(config()))
-    for part in ("124,439,808", "10 steps of 2,048", "5.00 s", "410 tokens/s", "53.0 s", "by hand", "a processor, 2 cores"):
+    for part in ("124,439,808", "10 steps of 2,048", "5.00 s", "410 tokens/s", "53.0 s", "by hand", "2 cores"):
         assert part in shown
 
 
@@ -149,7 +150,8 @@ def test_a_run_that_does_not_fit_is_not_measured(speed, machine):
 
 def test_memory_that_is_taken_is_noticed(machine):
     machine(64 * GIB, free=GIB)
-    assert any("1.00 GiB of this machine's memory are free" in note for note in predict.plan(config(), measure=False).notes)
+    notes = " ".join(predict.plan(config(), measure=False).notes)
+    assert "only 1.00 GiB of this machine's memory are free now" in notes
 
 
 def test_tokens_for_minutes(speed, machine):
@@ -184,7 +186,9 @@ def test_a_thinner_model_is_timed_for_a_deep_one(monkeypatch):
 
     def cost(_config, shape, rows, repetitions=2):
         asked.append((shape.vocab_size, shape.n_layers, rows))
-        return rows * (shape.n_layers * 0.5 + shape.vocab_size * 0.001), shape.n_layers * 0.25 + shape.vocab_size * 0.01
+        blocks, entries = shape.n_layers, shape.vocab_size
+        held = blocks * 100 + entries
+        return measure.Cost(rows * (blocks * 0.5 + entries * 0.001), blocks * 0.25 + entries * 0.01, 2.5 * held, held)
 
     monkeypatch.setattr(measure, "_cost", cost)
     monkeypatch.setattr(measure.runtime, "matmul_rate", lambda *a, **k: 1e3)  # so slow that it is large
@@ -192,6 +196,7 @@ def test_a_thinner_model_is_timed_for_a_deep_one(monkeypatch):
     assert asked == [(1_000, 1, 1), (128, 1, 1), (128, 3, 1)]
     assert speed.micro_step_seconds == pytest.approx(4 * (20 * 0.5 + 1.0))
     assert speed.update_seconds == pytest.approx(20 * 0.25 + 10.0)
+    assert speed.heap_ratio == pytest.approx(2.5)
     assert speed.evaluation_seconds_per_token == pytest.approx(speed.micro_step_seconds / 3 / 32)
     monkeypatch.setattr(measure.runtime, "matmul_rate", lambda *a, **k: 1e12)
     assert measure.measure_speed(run).micro_step_seconds == pytest.approx(4 * (20 * 0.5 + 1.0))

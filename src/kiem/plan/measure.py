@@ -1,8 +1,11 @@
-"""Speed of a run on this machine, by timing real training steps of the model or of a thinner one. Needs torch.
+"""Cost of steps on this machine, by real training steps of the model or of a thinner one. Needs torch.
 
 A model whose step is short is timed whole. A larger one is taken apart: one block with the real vocabulary (embeddings,
 head, loss), and models of one and of three blocks with a small vocabulary, whose difference is the cost of two blocks.
 The cost of a step is linear in the number of blocks, so these three give the cost at any depth.
+
+Memory too: the heap keeps holes between blocks, which no arithmetic foresees (glibc before 2.38 can rarely fill the
+hole of an aligned block with another of the same size). What the steps left resident says how much.
 """
 
 import ctypes
@@ -11,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -23,6 +26,7 @@ from kiem.data.loader import Batch
 from kiem.model.transformer import Transformer
 from kiem.optim.groups import build_optimizer
 from kiem.plan.count import flops_per_token
+from kiem.plan.memory import memory
 from kiem.train.step import train_step
 
 EXPECTED_SHARE = 0.5  # of the matrix-product rate, for the estimates that decide what is timed
@@ -35,12 +39,27 @@ FORWARD_SHARE = 1 / 3  # of a micro-step: a forward pass is a third of the produ
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of the parts of a training step, and how they were found."""
+    """Seconds of the parts of a training step, what the allocator adds to its memory, and how they were found."""
 
     micro_step_seconds: float  # forward and backward of one micro-batch
     update_seconds: float  # the optimiser, once a step
     evaluation_seconds_per_token: float
+    heap_ratio: float  # resident memory that steps took over the bytes they hold at one time; at least 1
     method: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a model that was timed: seconds of a micro-step and an update, bytes resident after steps and by arithmetic."""
+
+    micro: float
+    update: float
+    resident: float
+    counted: float
+
+    def plus(self, factor: float, more: "Cost", less: "Cost") -> "Cost":
+        """This and `factor` times the difference of two others, which is at least 0."""
+        return Cost(*(a + factor * max(0.0, b - c) for a, b, c in zip(*map(astuple, (self, more, less)), strict=True)))
 
 
 def measure_speed(config: RunConfig) -> Speed:
@@ -57,19 +76,19 @@ def measure_speed(config: RunConfig) -> Speed:
         return flops_per_token(shape).total * context / rate
 
     if model.n_layers <= 3 or rows * expected(model) < WHOLE_SECONDS:
-        micro, update = _cost(config, model, rows, repetitions=5)
-        return Speed(micro, update, FORWARD_SHARE * micro / tokens, "the whole model was timed")
-    one = model.model_copy(update={"n_layers": 1})
-    few_rows = max(1, min(rows, int(ROWS_SECONDS / expected(one))))
-    base = _cost(config, one, few_rows)
-    thin = one.model_copy(update={"vocab_size": min(FEW_ENTRIES, one.vocab_size)})
-    thin_one, thin_three = (_cost(config, thin.model_copy(update={"n_layers": n}), few_rows) for n in (1, 3))
-    micro, update = (of_one + (model.n_layers - 1) * max(0.0, of_three - of_first) / 2
-                     for of_one, of_first, of_three in zip(base, thin_one, thin_three, strict=True))
-    micro *= rows / few_rows
-    on = "" if few_rows == rows else f" on {few_rows} of {rows} rows"
-    return Speed(micro, update, FORWARD_SHARE * micro / tokens,
-                 f"up to 3 of {model.n_layers} blocks were timed{on}, the rest in proportion")
+        cost, scale = _cost(config, model, rows, repetitions=5), 1.0
+        method = "the whole model was timed"
+    else:
+        one = model.model_copy(update={"n_layers": 1})
+        few_rows = max(1, min(rows, int(ROWS_SECONDS / expected(one))))
+        thin = one.model_copy(update={"vocab_size": min(FEW_ENTRIES, one.vocab_size)})
+        base = _cost(config, one, few_rows)
+        thin_one, thin_three = (_cost(config, thin.model_copy(update={"n_layers": n}), few_rows) for n in (1, 3))
+        cost, scale = base.plus((model.n_layers - 1) / 2, thin_three, thin_one), rows / few_rows
+        on = "" if few_rows == rows else f" on {few_rows} of {rows} rows"
+        method = f"up to 3 of {model.n_layers} blocks were timed{on}, the rest in proportion"
+    micro = cost.micro * scale
+    return Speed(micro, cost.update, FORWARD_SHARE * micro / tokens, max(1.0, cost.resident / cost.counted), method)
 
 
 def load_all() -> None:
@@ -80,14 +99,20 @@ def load_all() -> None:
     _cost(config.model_copy(update={"device": "cpu"}), tiny, rows=2, repetitions=1)
 
 
-def _cost(config: RunConfig, shape: ModelConfig, rows: int, repetitions: int = 2) -> tuple[float, float]:
-    """Seconds of a micro-step and of an update for a model of this shape."""
-    seconds = _time_steps(config, shape, rows, repetitions)
+def _cost(config: RunConfig, shape: ModelConfig, rows: int, repetitions: int = 2) -> Cost:
+    """What steps of a model of this shape cost."""
+    before = runtime.memory_now()
+    dtype = runtime.select_precision(config.train.precision, runtime.select_device(config.device))
+    tokens = rows * shape.context_length
+    alone = config.train.model_copy(update={"batch_tokens": tokens, "micro_batch_tokens": tokens})
+    counted = memory(shape, alone, dtype.itemsize, not config.data.cross_document_attention).peak
+    micro, update, after = _time_steps(config, shape, rows, repetitions)
     _give_back()
-    return seconds
+    return Cost(micro, update, after - before, counted)
 
 
-def _time_steps(config: RunConfig, shape: ModelConfig, rows: int, repetitions: int) -> tuple[float, float]:
+def _time_steps(config: RunConfig, shape: ModelConfig, rows: int, repetitions: int) -> tuple[float, float, int]:
+    """Seconds of a micro-step and an update, and the process's memory after them."""
     device = runtime.select_device(config.device)
     dtype = runtime.select_precision(config.train.precision, device)
     model = Transformer(shape, dtype, config.train.activation_checkpointing)
@@ -104,7 +129,7 @@ def _time_steps(config: RunConfig, shape: ModelConfig, rows: int, repetitions: i
 
     step()  # the first is slow: memory is new, kernels are chosen
     step_seconds, update_seconds = _seconds(step, device, repetitions), _seconds(update, device, repetitions)
-    return max(step_seconds - update_seconds, 0.0), update_seconds
+    return max(step_seconds - update_seconds, 0.0), update_seconds, runtime.memory_now()
 
 
 def _give_back() -> None:

@@ -17,7 +17,6 @@ from kiem.plan.count import Shape, parameter_shapes
 FLOAT32 = 4
 BATCH_BYTES_PER_TOKEN = 28  # tokens, targets, positions in int64, document numbers in int32
 LOSS_CHUNK_ELEMENTS = 1 << 24  # logits in one chunk, as in ops/cross_entropy.py (a test holds them equal)
-HOLES = 1.5  # blocks of logits that the heap holds beside those in use: 0.6 to 2 were measured over seven models
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,7 @@ class Memory:
     loss: int  # the chunk of logits and the gradients made with it
     update: int  # what the optimiser takes for a moment
     batch: int  # the step's tokens and targets
-    allocator: int  # on a CPU: holes that blocks of logits leave in the heap
-    peak: int  # without the allocator's
+    peak: int
 
     def to_dict(self) -> dict[str, int]:
         return {f"{kind}_bytes": value for kind, value in asdict(self).items()}
@@ -70,7 +68,8 @@ def memory(model: ModelConfig, train: TrainConfig, compute_bytes: int, packed: b
     batch = BATCH_BYTES_PER_TOKEN * train.batch_tokens
     block = block_activations(model, rows)
     if train.activation_checkpointing:
-        activations, again = outer_activations(model, rows, True) + model.n_layers * _residual(model, rows), block
+        residual = rows.N * model.emb_dim * rows.e  # the input of each block; the rest is made again, one at a time
+        activations, again = outer_activations(model, rows, True) + model.n_layers * residual, block - residual
     else:
         activations, again = outer_activations(model, rows, False) + model.n_layers * block, 0
     loss = loss_bytes(model, rows)
@@ -85,8 +84,7 @@ def memory(model: ModelConfig, train: TrainConfig, compute_bytes: int, packed: b
         weights + update,
         weights + FLOAT32 * model.vocab_size * (chunk_rows + after_rows),  # an evaluation, the gradients still there
     )
-    allocator = int(HOLES * FLOAT32 * model.vocab_size * chunk_rows)
-    return Memory(weights, weights, optimizer, activations, loss, update, batch, allocator, peak)
+    return Memory(weights, weights, optimizer, activations, loss, update, batch, peak)
 
 
 def block_activations(model: ModelConfig, rows: Rows) -> int:
@@ -132,10 +130,6 @@ def outer_activations(model: ModelConfig, rows: Rows, checkpointing: bool) -> in
     return total + (N * rows.T if checkpointing and rows.packed else 0)  # the mask, as truth values
 
 
-def _residual(model: ModelConfig, rows: Rows) -> int:
-    return rows.N * model.emb_dim * rows.e
-
-
 def _chunks(model: ModelConfig, rows: Rows) -> tuple[int, int]:
     """Positions in the first two chunks of the loss: the first is still held while the second is computed."""
     first = min(rows.N, max(1, LOSS_CHUNK_ELEMENTS // model.vocab_size))
@@ -153,8 +147,7 @@ def loss_bytes(model: ModelConfig, rows: Rows) -> int:
 
 
 def _backward_bytes(model: ModelConfig, rows: Rows) -> int:
-    """What backward takes for a moment at its widest place, inside the feed-forward: (N, F) made again, and
-    gradients."""
+    """What backward takes for a moment where it is widest, in the feed-forward: (N, F) made again, and gradients."""
     widest = model.hidden_dim * (3 if model.activation == "swiglu" else 2)
     return rows.N * (widest + 2 * model.emb_dim) * rows.e
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kiem.plan.measure import Speed
 
 PROCESS_BYTES = 330 * 2**20  # Python, torch and Kiem before the model, where not measured: torch 2.13 on Linux
+USUAL_HEAP_RATIO = 1.5  # resident memory over bytes in use where not measured: 1.1 to 2.5 were seen with glibc 2.36
 START_SECONDS = 10.0  # of a timed run: start, checkpoints, samples and report, about
 RESERVE = 0.05  # of its time, for what steps take longer than measured
 EVALUATIONS = 11  # in a run: config/presets.py, item 13
@@ -56,8 +57,12 @@ class Plan:
     @property
     def peak_memory_bytes(self) -> int:
         """Most memory used at one time: resident memory of the process, or allocated on an accelerator."""
-        holes = self.memory.allocator if self.process_bytes else 0
-        return max(self.process_peak_bytes, self.process_bytes + self.memory.peak + holes)
+        return max(self.process_peak_bytes, self.process_bytes + self.memory.peak + self.allocator_bytes)
+
+    @property
+    def allocator_bytes(self) -> int:
+        """What the heap of a process keeps beside the bytes in use: measured, else as usual."""
+        return int((_heap_ratio(self.speed, self.process_bytes) - 1) * self.memory.peak)
 
     @property
     def step_seconds(self) -> float | None:
@@ -99,7 +104,10 @@ class Plan:
             "flops_per_token": flops | {"total_flops": self.flops.total},
             "total_flops": self.total_flops,
             "memory": self.memory.to_dict() | {
-                "process_bytes": self.process_bytes, "process_peak_bytes": self.process_peak_bytes},
+                "allocator_bytes": self.allocator_bytes,
+                "process_bytes": self.process_bytes,
+                "process_peak_bytes": self.process_peak_bytes,
+            },
             "peak_memory_bytes": self.peak_memory_bytes,
             "total_tokens": self.steps * train.batch_tokens,
             "batch_tokens": train.batch_tokens,
@@ -119,6 +127,12 @@ class Plan:
             "elsewhere": list(elsewhere(self)),
             "notes": self.notes,
         }
+
+
+def _heap_ratio(speed: "Speed | None", process_bytes: int) -> float:
+    if not process_bytes:
+        return 1.0  # an accelerator's memory is counted as allocated
+    return USUAL_HEAP_RATIO if speed is None else speed.heap_ratio
 
 
 def elsewhere(plan: Plan) -> list[dict[str, Any]]:
@@ -197,7 +211,7 @@ def _place(config: RunConfig, measure: bool, notes: list[str]) -> _Place:
 
 
 def _whole(place: _Place, needs: Memory) -> int:
-    return place.process_bytes + needs.peak + (0 if place.memory_bytes else needs.allocator)
+    return place.process_bytes + int(_heap_ratio(None, place.process_bytes) * needs.peak)
 
 
 def _does_not_fit(config: RunConfig, needs: Memory, place: _Place, capacity: int) -> str:
@@ -274,7 +288,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
         f"{integer_text(plan.steps)} steps of {integer_text(train.batch_tokens)}, {plan.micro_steps_per_step} x "
         f"{integer_text(train.micro_batch_tokens)} each, {plan.precision}")
     names = ("weights", "gradients", "optimizer", "activations", "loss", "update")
-    kinds = {name: getattr(needs, name) for name in names} | {"process": plan.process_bytes}
+    kinds = {name: getattr(needs, name) for name in names}
+    kinds |= {"allocator": plan.allocator_bytes, "process": plan.process_bytes}
     yield "peak memory", bytes_text(plan.peak_memory_bytes), ", ".join(f"{k} {bytes_text(n)}" for k, n in kinds.items())
     if plan.speed is not None:
         yield "time of one step", seconds_text(plan.step_seconds), (

@@ -153,7 +153,8 @@ class Trainer:
             self.record("stop", reason=verdict.reason, time=_now())
             raise NumericsError(
                 f"step {self.step}: {verdict.reason}. The run was stopped; its checkpoints are kept. "
-                f"Start a new run with a lower learning rate (train.lr {self.train.lr:g}), or look at the batch: {_some(batch.documents)}"
+                f"Start a new run with a lower learning rate (train.lr {self.train.lr:g}), or look at the batch: "
+                f"{_some(batch.documents)}"
             )
         if verdict is not None:
             self.progress.note(f"step {self.step}: {verdict.reason}")
