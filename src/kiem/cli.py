@@ -25,10 +25,10 @@ class Count(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         from kiem.config.formats import parse_count
 
-        try:
-            return value if isinstance(value, int) else parse_count(value)
-        except (ValueError, KiemError):
+        count = parse_count(str(value))
+        if count is None:
             self.fail(f"{value!r} is not a number of tokens; write for example 500000, 1e6, 10M or 2k", param, ctx)
+        return count
 
 
 def _verb_options(function):

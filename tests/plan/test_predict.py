@@ -122,13 +122,13 @@ def test_a_run_that_does_not_fit_says_what_would(machine):
     machine(whole.peak_memory_bytes - 1)
     (note,) = [n for n in predict.plan(big, measure=False).notes if "does not fit" in n]
     assert "It fits with train.micro_batch_tokens=32768" in note
-    machine(5 * GIB)
+    machine(8 * GIB)
     (note,) = [n for n in predict.plan(big, measure=False).notes if "does not fit" in n]
     advised = dict(part.split("=") for part in note.split("It fits with ")[1].split(" (")[0].split(" "))
     less = config(batch_tokens=65_536, tokens=655_360, micro_batch_tokens=int(advised["train.micro_batch_tokens"]))
-    assert predict.plan(less, measure=False).peak_memory_bytes <= 5 * GIB  # the advice is good, and the largest that is
+    assert predict.plan(less, measure=False).peak_memory_bytes <= 8 * GIB  # the advice is good, and the largest that is
     more = config(batch_tokens=65_536, tokens=655_360, micro_batch_tokens=2 * int(advised["train.micro_batch_tokens"]))
-    assert predict.plan(more, measure=False).peak_memory_bytes > 5 * GIB
+    assert predict.plan(more, measure=False).peak_memory_bytes > 8 * GIB
     machine(GIB)
     (note,) = [n for n in predict.plan(big, measure=False).notes if "does not fit" in n]
     assert "No batch makes it fit" in note
@@ -188,7 +188,8 @@ def test_a_thinner_model_is_timed_for_a_deep_one(monkeypatch):
         asked.append((shape.vocab_size, shape.n_layers, rows))
         blocks, entries = shape.n_layers, shape.vocab_size
         held = blocks * 100 + entries
-        return measure.Cost(rows * (blocks * 0.5 + entries * 0.001), blocks * 0.25 + entries * 0.01, 2.5 * held, held)
+        micro = rows * (blocks * 0.5 + entries * 0.001)
+        return measure.Cost(micro, blocks * 0.25 + entries * 0.01, micro / 4, 2.5 * held, held)
 
     monkeypatch.setattr(measure, "_cost", cost)
     monkeypatch.setattr(measure.runtime, "matmul_rate", lambda *a, **k: 1e3)  # so slow that it is large
@@ -197,7 +198,7 @@ def test_a_thinner_model_is_timed_for_a_deep_one(monkeypatch):
     assert speed.micro_step_seconds == pytest.approx(4 * (20 * 0.5 + 1.0))
     assert speed.update_seconds == pytest.approx(20 * 0.25 + 10.0)
     assert speed.heap_ratio == pytest.approx(2.5)
-    assert speed.evaluation_seconds_per_token == pytest.approx(speed.micro_step_seconds / 3 / 32)
+    assert speed.evaluation_seconds_per_token == pytest.approx(speed.micro_step_seconds / 4 / 32)
     monkeypatch.setattr(measure.runtime, "matmul_rate", lambda *a, **k: 1e12)
     assert measure.measure_speed(run).micro_step_seconds == pytest.approx(4 * (20 * 0.5 + 1.0))
     assert asked[3:] == [(1_000, 20, 4)]  # small: timed whole

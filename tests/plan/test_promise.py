@@ -30,7 +30,8 @@ print(json.dumps({"step": plan.step_seconds / seconds, "peak": plan.peak_memory_
 
 GPT2 = {"vocab_size": 2048, "context_length": 128, "emb_dim": 128, "n_heads": 4, "n_layers": 4}
 MODERN = {"vocab_size": 1024, "context_length": 256, "emb_dim": 256, "n_heads": 4, "n_kv_heads": 2, "n_layers": 4,
-          "hidden_dim": 704, "norm": "rmsnorm", "activation": "swiglu", "position": "rope", "qk_norm": True, "bias": False}
+          "hidden_dim": 704, "norm": "rmsnorm", "activation": "swiglu", "position": "rope", "qk_norm": True,
+          "bias": False}
 
 
 def ratios(folder: Path, model: dict, **train) -> dict[str, float]:

@@ -27,14 +27,13 @@ from kiem.model.transformer import Transformer
 from kiem.optim.groups import build_optimizer
 from kiem.plan.count import flops_per_token
 from kiem.plan.memory import memory
-from kiem.train.step import train_step
+from kiem.train.step import loss_sum, train_step
 
 EXPECTED_SHARE = 0.5  # of the matrix-product rate, for the estimates that decide what is timed
-WHOLE_SECONDS = 0.4  # a micro-step that is estimated shorter is timed on the whole model
+WHOLE_SECONDS = 0.8  # a micro-step that is estimated shorter is timed on the whole model
 ROWS_SECONDS = 1.2  # a micro-step of one block that is estimated longer is timed on fewer rows
-ENOUGH_SECONDS = 3.0  # of repetitions of one thing, on a machine that is slower or busier than was estimated
+ENOUGH_SECONDS = 2.0  # of repetitions of one thing, on a machine that is slower or busier than was estimated
 FEW_ENTRIES = 128  # the small vocabulary
-FORWARD_SHARE = 1 / 3  # of a micro-step: a forward pass is a third of the products (plan/count.py)
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,18 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a model that was timed: seconds of a micro-step and an update, bytes resident after steps and by arithmetic."""
+    """Of a model that was timed: seconds of its parts, bytes resident after steps, and bytes by arithmetic."""
 
     micro: float
     update: float
+    evaluation: float
     resident: float
     counted: float
 
     def plus(self, factor: float, more: "Cost", less: "Cost") -> "Cost":
         """This and `factor` times the difference of two others, which is at least 0."""
-        return Cost(*(a + factor * max(0.0, b - c) for a, b, c in zip(*map(astuple, (self, more, less)), strict=True)))
+        values = zip(*map(astuple, (self, more, less)), strict=True)
+        return Cost(*(here + factor * max(0.0, high - low) for here, high, low in values))
 
 
 def measure_speed(config: RunConfig) -> Speed:
@@ -87,8 +88,8 @@ def measure_speed(config: RunConfig) -> Speed:
         cost, scale = base.plus((model.n_layers - 1) / 2, thin_three, thin_one), rows / few_rows
         on = "" if few_rows == rows else f" on {few_rows} of {rows} rows"
         method = f"up to 3 of {model.n_layers} blocks were timed{on}, the rest in proportion"
-    micro = cost.micro * scale
-    return Speed(micro, cost.update, FORWARD_SHARE * micro / tokens, max(1.0, cost.resident / cost.counted), method)
+    heap_ratio = max(1.0, cost.resident / cost.counted)
+    return Speed(cost.micro * scale, cost.update, cost.evaluation * scale / tokens, heap_ratio, method)
 
 
 def load_all() -> None:
@@ -101,18 +102,26 @@ def load_all() -> None:
 
 def _cost(config: RunConfig, shape: ModelConfig, rows: int, repetitions: int = 2) -> Cost:
     """What steps of a model of this shape cost."""
-    before = runtime.memory_now()
+    before, most = runtime.memory_now(), runtime.peak_memory()
     dtype = runtime.select_precision(config.train.precision, runtime.select_device(config.device))
     tokens = rows * shape.context_length
-    alone = config.train.model_copy(update={"batch_tokens": tokens, "micro_batch_tokens": tokens})
+    parts = min(2, config.train.batch_tokens // config.train.micro_batch_tokens)  # two are as many for memory
+    alone = config.train.model_copy(update={"batch_tokens": parts * tokens, "micro_batch_tokens": tokens})
     counted = memory(shape, alone, dtype.itemsize, not config.data.cross_document_attention).peak
-    micro, update, after = _time_steps(config, shape, rows, repetitions)
+    times, after = _time_steps(config, shape, rows, parts, repetitions)
+    if (peak := runtime.peak_memory()) > most:
+        after = peak  # else what is resident now is the best that is known
     _give_back()
-    return Cost(micro, update, after - before, counted)
+    return Cost(*times, after - before, counted)
 
 
-def _time_steps(config: RunConfig, shape: ModelConfig, rows: int, repetitions: int) -> tuple[float, float, int]:
-    """Seconds of a micro-step and an update, and the process's memory after them."""
+def _time_steps(
+    config: RunConfig, shape: ModelConfig, rows: int, parts: int, repetitions: int
+) -> tuple[tuple[float, float, float], int]:
+    """Seconds of a micro-step, an update and an evaluation's forward pass; the process's memory after them.
+
+    A step has `parts` micro-batches of `rows` rows.
+    """
     device = runtime.select_device(config.device)
     dtype = runtime.select_precision(config.train.precision, device)
     model = Transformer(shape, dtype, config.train.activation_checkpointing)
@@ -122,14 +131,19 @@ def _time_steps(config: RunConfig, shape: ModelConfig, rows: int, repetitions: i
     apart = not config.data.cross_document_attention
 
     def step() -> None:
-        train_step(model, optimizer, [batch], config.train, 0, apart)
+        train_step(model, optimizer, [batch] * parts, config.train, 0, apart)
 
     def update() -> None:
         optimizer.step(1.0)
 
+    @torch.no_grad()
+    def evaluation() -> None:
+        loss_sum(model, batch, apart)
+
     step()  # the first is slow: memory is new, kernels are chosen
-    step_seconds, update_seconds = _seconds(step, device, repetitions), _seconds(update, device, repetitions)
-    return max(step_seconds - update_seconds, 0.0), update_seconds, runtime.memory_now()
+    of_step, of_update = (_seconds(action, device, repetitions) for action in (step, update))
+    of_evaluation = _seconds(evaluation, device, 1)
+    return (max(of_step - of_update, 0.0) / parts, of_update, of_evaluation), runtime.memory_now()
 
 
 def _give_back() -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from kiem import runtime
@@ -35,7 +35,7 @@ class Plan:
     flops: Flops
     memory: Memory
     process_bytes: int  # of the process before the model; 0 on an accelerator, whose memory holds only the run
-    process_peak_bytes: int  # reached by this process before the run, for example while it prepared text
+    process_peak_bytes: int  # reached by this process before the run, while it prepared text and measured
     precision: str
     device: str
     machine: Machine
@@ -161,6 +161,8 @@ def plan(config: RunConfig, measure: bool = True) -> Plan:
         from kiem.plan.measure import measure_speed
 
         speed = measure_speed(config)
+        if not place.memory_bytes:
+            place = replace(place, peak_bytes=runtime.peak_memory())  # measuring is a part of what the process does
         if config.train.compile:
             notes.append("speed was measured without train.compile")
     return Plan(config, parameters_by_module(config.model), flops_per_token(config.model), needs, place.process_bytes,
@@ -199,10 +201,9 @@ def _place(config: RunConfig, measure: bool, notes: list[str]) -> _Place:
             if device.type == "cuda":
                 facts = torch.cuda.get_device_properties(device)
                 return _Place(True, facts.name, precision, 0, memory_bytes=facts.total_memory)
-            peak = runtime.peak_memory()
             load_all()
             now = runtime.memory_now()
-            return _Place(True, "cpu", precision, now, peak, now)
+            return _Place(True, "cpu", precision, now, loaded_bytes=now)
     precision = config.train.precision
     if precision == "auto":
         precision = "float32"

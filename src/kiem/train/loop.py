@@ -46,10 +46,11 @@ def train(
     NumericsError, StorageError, BusyError, CheckpointError and DataError as their names say.
     """
     runtime.set_up_process()
+    trainer = Trainer(config, folder, dataset, sampler, listener)  # what cannot work fails here, before there is a folder
     with checkpoint.lock(folder):
-        trainer = Trainer(config, folder, dataset, sampler, listener, quiet)
+        notes = trainer.restore()
         write_facts(config, folder, dataset, plan)
-        return trainer.run()
+        return trainer.run(Progress(config.train.tokens, trainer.steps, tokens=trainer.tokens, quiet=quiet), notes)
 
 
 def write_facts(config: RunConfig, folder: Path, dataset: Dataset, plan: dict[str, Any] | None) -> None:
@@ -62,7 +63,7 @@ def write_facts(config: RunConfig, folder: Path, dataset: Dataset, plan: dict[st
 
 
 class Trainer:
-    """One process at work on one run folder, which it has locked."""
+    """One process at work on one run folder. The folder is touched from `restore` on, and must be locked by then."""
 
     def __init__(
         self,
@@ -71,7 +72,6 @@ class Trainer:
         dataset: Dataset,
         sampler: Sampler | None,
         listener: Listener | None,
-        quiet: bool,
     ):
         self.config, self.folder, self.dataset = config, folder, dataset
         self.sampler, self.listener = sampler, listener
@@ -92,8 +92,6 @@ class Trainer:
         self.step, self.stop_signal = 0, None
         self.log = metrics.MetricsLog(folder / "metrics.jsonl")
         self.samples = metrics.JsonLines(folder / "samples.jsonl")
-        self.notes = self.restore()
-        self.progress = Progress(self.train.tokens, self.steps, tokens=self.tokens, quiet=quiet)
         self.matmul_rate = runtime.matmul_rate(self.device, dtype)
         self.flops_per_token = flops_per_token(config.model, context).total
 
@@ -102,9 +100,11 @@ class Trainer:
         """Training tokens seen."""
         return self.step * self.train.batch_tokens
 
-    def run(self) -> Evaluation:
+    def run(self, progress: Progress, notes: list[str]) -> Evaluation:
+        """From where `restore` left off to the end. `notes` are shown first."""
+        self.progress = progress
         with self.progress, self.log, self.samples, runtime.deferred_signals(self.on_signal):
-            for note in self.notes:
+            for note in notes:
                 self.progress.note(note)
             self.record("start", reason="resumed" if self.step else "new", time=_now())
             if self.step == 0:
