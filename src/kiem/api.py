@@ -4,6 +4,7 @@
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ Target = str | Path | Mapping | RunConfig | None
 Sources = str | Path | Mapping | Source | Sequence[str | Path | Mapping | Source] | None
 
 SAMPLES_AT_ENDS, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 32, 96, 0.8
+MATMUL_SHARE = 0.5  # of the machine's matrix-product rate that training reaches, about
 SAMPLED_FREELY = 50_000_000  # parameters; a larger model draws fewer samples
 
 # What may change when a run goes on: how long it is, and what it writes on the way. Everything else is another run.
@@ -71,10 +73,55 @@ def train(
         _check_minutes(minutes, tokens, overrides)
     if isinstance(config, str | Path) and Path(config).is_dir():
         return _resume(Path(config), options, overrides, out, minutes, quiet, show)
+    budget = None if minutes is None else _Budget(minutes)
     run_config = _with_whole_paths(read_config(config, overrides, options))
+    if budget is not None:
+        run_config = budget.with_depth(run_config)
     folder = _new_folder(out, config, run_config)
     dataset = _dataset(run_config, quiet)
-    return _run(run_config, folder, dataset, minutes, quiet, show)
+    if budget is not None:
+        run_config = budget.with_length(run_config, dataset.tokenizer.vocab_size)
+    return _run(run_config, folder, dataset, quiet, show)
+
+
+class _Budget:
+    """A time from now on, and the model and length that fill it on this machine."""
+
+    def __init__(self, minutes: float) -> None:
+        self.ends = time.monotonic() + 60 * minutes
+
+    def minutes_left(self) -> float:
+        return max(0.0, (self.ends - time.monotonic()) / 60)
+
+    def flops(self, config: RunConfig) -> float:
+        """What the machine can do in the time that is left, about."""
+        from kiem import runtime
+
+        device = runtime.select_device(config.device)
+        rate = runtime.matmul_rate(device, runtime.select_precision(config.train.precision, device))
+        return MATMUL_SHARE * rate * 60 * self.minutes_left()
+
+    def with_depth(self, config: RunConfig) -> RunConfig:
+        """The depth that learns most in the time, if the user has named no model."""
+        from kiem.config.presets import depth_for
+
+        if config.model is not None or config.depth is not None:
+            return config
+        return config.model_copy(update={"depth": depth_for(self.flops(config))})
+
+    def with_length(self, config: RunConfig, vocab_size: int) -> RunConfig:
+        """The tokens that fit the time: guessed from FLOPs, which settles the batch, then from measured steps."""
+        from kiem.config.presets import resolve
+        from kiem.plan import predict
+        from kiem.plan.count import flops_per_token
+
+        def lasting(tokens: int) -> RunConfig:
+            return config.model_copy(update={"train": config.train.model_copy(update={"tokens": tokens})})
+
+        per_token = flops_per_token(resolve(config, vocab_size).model).total
+        guess = max(int(self.flops(config) / per_token), config.train.batch_tokens or 1)
+        guessed = resolve(lasting(max(guess, resolve(config, vocab_size).model.context_length)), vocab_size)
+        return lasting(predict.tokens_for_minutes(guessed, self.minutes_left()))
 
 
 def load(run: str | Path | Run, device: str = "auto") -> "LanguageModel":
@@ -134,7 +181,6 @@ def _run(
     config: RunConfig,
     folder: Path,
     dataset: "Dataset",
-    minutes: float | None,
     quiet: bool,
     show: Callable[[Any], None] | None,
 ) -> Run:
@@ -146,10 +192,6 @@ def _run(
 
     resolved = resolve(config, dataset.tokenizer.vocab_size)
     _check_vocabulary(resolved, dataset)
-    if minutes is not None:
-        length = {"tokens": predict.tokens_for_minutes(resolved, minutes)}
-        config = config.model_copy(update={"train": config.train.model_copy(update=length)})
-        resolved = resolve(config, dataset.tokenizer.vocab_size)
     planned = predict.plan(resolved, measure=True)
     if show is not None:
         show(predict.render(planned))
@@ -228,7 +270,7 @@ def _resume(
             "a run can be made longer, not shorter"
         )
     dataset = _dataset(after, quiet)
-    return _run(after, folder, dataset, None, quiet, show)
+    return _run(after, folder, dataset, quiet, show)
 
 
 def _dataset(config: RunConfig, quiet: bool) -> "Dataset":

@@ -6,8 +6,8 @@ import pytest
 
 from kiem import cli
 
-TINY = ["data.tokenizer=bytes", "model.vocab_size=257", "model.context_length=32", "model.emb_dim=16", "model.n_heads=2",
-        "model.n_layers=1", "train.batch_tokens=64", "train.tokens=256", "seed=1"]  # fmt: skip
+TINY = ["data.tokenizer=bytes", "model.vocab_size=257", "model.context_length=32", "model.emb_dim=16",
+"model.n_heads=2", "model.n_layers=1", "train.batch_tokens=64", "train.tokens=256", "seed=1"]  # fmt: skip
 
 
 @dataclass

@@ -17,13 +17,15 @@ The derivation, in the order in which it is done. M: measured (records/), A: ass
  9. lr of AdamW = 0.004 * sqrt(256 / emb_dim) for embeddings, head and vectors beside Muon (M at depth 4, the power A);
     for AdamW alone 6e-4 * sqrt(768 / emb_dim) (A: Brown et al. 2020, table 2.1, within a factor
     of 1.3).
-10. weight_decay: 0.1 with AdamW (A: Brown et al. 2020); with Muon 0 below a full run of item 6 and 0.1 * matrix_lr there
-    (A).
+10. weight_decay: 0.1 with AdamW (A: Brown et al. 2020); with Muon 0 below a full run of item 6 and 0.1 * matrix_lr
+    there (A).
 11. Warm-up over 2 % of the tokens, cool-down linear to 0 over the last 40 % (A: Hägele et al. 2024,
     arXiv:2405.18392; M at depth 4).
 12. A forward pass takes the whole batch, but no more tokens than 16384 * 256 / emb_dim (at least one context), so that
     activations stay within a few GB; the rest accumulates.
-13. Ten evaluations, samples and saves in a run, and one more of each at its end. On the way at most 65,536 held-out
+13. For a time instead of a depth: the deepest model that sees at least 5 tokens per parameter of item 6 in it. Far
+    below item 6 a smaller model wins, as it takes more steps (M at 1 to 4e13 FLOPs).
+14. Ten evaluations, samples and saves in a run, and one more of each at its end. On the way at most 65,536 held-out
     tokens.
 """
 
@@ -35,6 +37,7 @@ from kiem.config.run import RunConfig, TrainConfig
 from kiem.errors import ConfigError
 
 DEFAULT_DEPTH = 4
+LEAST_TOKENS_PER_PARAMETER = 5
 
 
 def _gpt2(emb_dim: int, n_heads: int, n_layers: int) -> ModelConfig:
@@ -89,6 +92,17 @@ def tokenizer_vocab_size(config: RunConfig) -> int:
     return min(65_536, max(2_048, _power_of_two(1024 * (config.depth or DEFAULT_DEPTH))))
 
 
+def depth_for(flops: float) -> int:
+    """The depth of the default family for a run of so many FLOPs: item 13."""
+
+    def needed(depth: int) -> float:
+        model = default_model(depth, tokenizer_vocab_size(RunConfig(depth=depth)))
+        n = multiplied_parameters(model)
+        return 6 * n * LEAST_TOKENS_PER_PARAMETER * n
+
+    return max([depth for depth in range(2, 65) if needed(depth) <= flops], default=2)
+
+
 def resolve(config: RunConfig, vocab_size: int) -> RunConfig:
     """Fill every value that is still None; `vocab_size` is the tokenizer's. Resolving again changes nothing.
 
@@ -110,7 +124,7 @@ def resolve(config: RunConfig, vocab_size: int) -> RunConfig:
 
 
 def _training(train: TrainConfig, model: ModelConfig) -> dict[str, Any]:
-    """Items 6 to 13, and the checks that need the model."""
+    """Items 6 to 14, and the checks that need the model."""
     context, muon = model.context_length, train.optimizer == "muon"
     tokens = train.tokens or 20 * multiplied_parameters(model)
     batch = train.batch_tokens or max(context, min(_power_of_two(4 * math.sqrt(tokens)), tokens) // context * context)
