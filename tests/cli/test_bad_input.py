@@ -9,8 +9,8 @@ import os
 
 import pytest
 
-TINY = ["data.tokenizer=bytes", "model.vocab_size=257", "model.context_length=32", "model.emb_dim=16",
-"model.n_heads=2", "model.n_layers=1", "train.batch_tokens=64", "train.tokens=256", "seed=1"]  # fmt: skip
+TINY = ["data.tokenizer=bytes", "model.vocab_size=257", "model.context_length=32", "model.emb_dim=16", "model.n_heads=2",
+        "model.n_layers=1", "train.batch_tokens=64", "train.tokens=256", "seed=1"]  # fmt: skip
 
 MODEL = {"vocab_size": 300, "context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 1}
 
@@ -205,8 +205,8 @@ def furnished(place):
         shutil.copytree(place / "run", place / name)
     (place / "damaged" / "config.yaml").write_text("model: [broken\n")
     config = place / "swapped" / "config.yaml"
-    config.write_text(config.read_text().replace("emb_dim: 16", "emb_dim: 32").replace("hidden_dim: 64", "hidden_dim:
-    128") .replace("head_dim: 8", "head_dim: 16"))
+    config.write_text(config.read_text().replace("emb_dim: 16", "emb_dim: 32").replace("hidden_dim: 64", "hidden_dim: 128")
+                      .replace("head_dim: 8", "head_dim: 16"))
     shutil.rmtree(place / "bare" / "checkpoints")
     return place
 

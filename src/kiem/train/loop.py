@@ -46,8 +46,9 @@ def train(
     NumericsError, StorageError, BusyError, CheckpointError and DataError as their names say.
     """
     runtime.set_up_process()
-    trainer = Trainer(config, folder, dataset, sampler, listener)  # what cannot work fails here, before there is a
-    folder with checkpoint.lock(folder):
+    # What cannot work fails here, before there is a folder.
+    trainer = Trainer(config, folder, dataset, sampler, listener)
+    with checkpoint.lock(folder):
         notes = trainer.restore()
         write_facts(config, folder, dataset, plan)
         return trainer.run(Progress(config.train.tokens, trainer.steps, tokens=trainer.tokens, quiet=quiet), notes)
