@@ -4,7 +4,6 @@
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ Target = str | Path | Mapping | RunConfig | None
 Sources = str | Path | Mapping | Source | Sequence[str | Path | Mapping | Source] | None
 
 SAMPLES_AT_ENDS, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 32, 96, 0.8
-MATMUL_SHARE = 0.5  # of the machine's matrix-product rate that training reaches, about
 SAMPLED_FREELY = 50_000_000  # parameters; a larger model draws fewer samples
 
 # What may change when a run goes on: how long it is, and what it writes on the way. Everything else is another run.
@@ -73,7 +71,53 @@ def train(
         _check_minutes(minutes, tokens, overrides)
     if isinstance(config, str | Path) and Path(config).is_dir():
         return _resume(Path(config), options, overrides, out, minutes, quiet, show)
-    budget = None if minutes is None else _Budget(minutes)
+    from kiem.plan.budget import Budget
+
+    budget = None if minutes is None else Budget(minutes)
+    run_config = _with_whole_paths(read_config(config, overrides, options))
+    if budget is not None:
+        run_config = budget.with_depth(run_config)
+    folder = _new_folder(out, config, run_config)
+    dataset = _dataset(run_config, quiet)
+    if budget is not None:
+        run_config = budget.with_length(run_config, dataset.tokenizer.vocab_size)
+    return _run(run_config, folder, dataset, quiet, show)
+
+
+def load(self, device: str = "auto") -> "LanguageModel":
+        """The trained model."""
+        return load(self.folder, device)
+
+
+def train(
+    config: Target = None,
+    *,
+    data: Sources = None,
+    out: str | Path | None = None,
+    depth: int | None = None,
+    tokens: int | str | None = None,
+    minutes: float | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+    show: Callable[[Any], None] | None = None,
+) -> Run:
+    """Train a model, or go on with a run.
+
+    `config` is a configuration file, a preset, a mapping, a RunConfig, or the folder of a run, which is resumed. `data`
+    replaces its sources; `tokens` is the length (10_000_000 or "10M"); `minutes` sets the length by measuring this
+    machine. `out` is the run's folder, by default runs/NAME; a folder with something in it is never written over.
+    Progress goes to standard error unless `quiet`; `show` gets the plan before the start. Raises errors of kiem.errors.
+    """
+    options = _options(data=data, depth=depth, tokens=tokens, seed=seed, device=device)
+    if minutes is not None:
+        _check_minutes(minutes, tokens, overrides)
+    if isinstance(config, str | Path) and Path(config).is_dir():
+        return _resume(Path(config), options, overrides, out, minutes, quiet, show)
+    from kiem.plan.budget import Budget
+
+    budget = None if minutes is None else Budget(minutes)
     run_config = _with_whole_paths(read_config(config, overrides, options))
     if budget is not None:
         run_config = budget.with_depth(run_config)

@@ -17,8 +17,7 @@ The derivation, in the order in which it is done. M: measured (records/), A: ass
  9. lr of AdamW = 0.004 * sqrt(256 / emb_dim) for embeddings, head and vectors beside Muon (M at depth 4, the power A);
     for AdamW alone 6e-4 * sqrt(768 / emb_dim) (A: Brown et al. 2020, table 2.1, within a factor
     of 1.3).
-10. weight_decay: 0.1 with AdamW (A: Brown et al. 2020); with Muon 0 below a full run of item 6 and 0.1 * matrix_lr
-    there (A).
+10. weight_decay: 0.1 with AdamW (A: Brown et al. 2020); 0 with Muon, whose runs here are short of item 6 (M).
 11. Warm-up over 2 % of the tokens, cool-down linear to 0 over the last 40 % (A: Hägele et al. 2024,
     arXiv:2405.18392; M at depth 4).
 12. A forward pass takes the whole batch, but no more tokens than 16384 * 256 / emb_dim (at least one context), so that
