@@ -84,7 +84,8 @@ class Draft:
             self.values["model"] = _preset(target)
             return
         path = Path(target)
-        if not path.exists() and not path.suffix and "/" not in target:
+        # os.path.exists is False, where Path.exists raises, for a name that no file can have.
+        if not os.path.exists(path) and not path.suffix and "/" not in target:
             close = difflib.get_close_matches(target, PRESETS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"presets are {', '.join(PRESETS)}"
             raise ConfigError(f"'{target}' is neither a file nor a preset: {hint}")
