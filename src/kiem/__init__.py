@@ -9,7 +9,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-__all__ = ["LanguageModel", "Run", "evaluate", "load", "plan", "prepare", "train"]
+__all__ = ["Run", "evaluate", "load", "plan", "prepare", "train"]
 
 _ROOMS_AND_VERBS = ("plan", "train")
 

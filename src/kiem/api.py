@@ -69,7 +69,7 @@ def train(
     options = _options(data=data, depth=depth, tokens=tokens, seed=seed, device=device)
     if minutes is not None:
         _check_minutes(minutes, tokens, overrides)
-    if isinstance(config, str | Path) and Path(config).is_dir():
+    if isinstance(config, str | Path) and os.path.isdir(config):
         return _resume(Path(config), options, overrides, out, minutes, quiet, show)
     from kiem.plan.budget import Budget
 
@@ -131,7 +131,7 @@ def plan(
     from kiem.config.presets import resolve, tokenizer_vocab_size
     from kiem.plan.predict import plan as predict
 
-    if isinstance(config, str | Path) and Path(config).is_dir():
+    if isinstance(config, str | Path) and os.path.isdir(config):
         config = _config_file(Path(config))
     wanted = read_config(config, overrides, _options(depth=depth))
     return predict(resolve(wanted, tokenizer_vocab_size(wanted)), measure)

@@ -2,6 +2,7 @@
 --help."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -285,8 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone; the interpreter would complain at exit
+    except SystemExit:  # so click tells that the reader of our output is gone
         return 0
 
 
@@ -294,16 +294,19 @@ def _failed(problem: KiemError, as_json: bool) -> int:
     kind = type(problem).__name__
     if as_json:
         _print_json({"error": {"kind": kind, "message": str(problem), "exit_code": problem.exit_code}})
+    from kiem.format import printable
+
+    message = "\n".join(map(printable, str(problem).split("\n")))  # it may quote a file's name or its contents
     word = "stopped" if kind == "Stopped" else "error"
     click.echo(
-        click.style(f"{word}:", fg="yellow" if kind == "Stopped" else "red", bold=True) + f" {problem}", err=True
+        click.style(f"{word}:", fg="yellow" if kind == "Stopped" else "red", bold=True) + f" {message}", err=True
     )
     return problem.exit_code
 
 
 def _split(target: str | None, overrides: tuple[str, ...]) -> tuple[str | None, list[str]]:
     """The first argument is the target, unless it is an override (key=value of a known key)."""
-    if target is not None and "=" in target and not Path(target).exists():
+    if target is not None and "=" in target and not os.path.exists(target):
         return None, [target, *overrides]
     return target, list(overrides)
 
@@ -313,7 +316,7 @@ def _sources(entries: Any) -> list[str | dict[str, Any]] | None:
     found: list[str | dict[str, Any]] = []
     for entry in entries:
         path, sign, weight = entry.rpartition("=")
-        if not sign or Path(entry).exists():
+        if not sign or os.path.exists(entry):
             found.append(entry)
             continue
         try:

@@ -102,6 +102,8 @@ CASES = [
     ("depth too large", ["plan", "--depth", "4000", "--no-measure"], 2, ["depth", "128"]),
     ("depth and a preset", ["plan", "gpt2-124m", "--depth", "4", "--no-measure"], 2, ["depth", "model"]),
     # --- configuration: files
+    ("a name that no file can have", ["plan", "x" * 5000], 2, ["xxx"]),
+    ("text of a name that no file can have", ["train", "--data", "x" * 5000, *TINY, *NEW], 3, ["xxx"]),
     ("no such file", ["plan", "nowhere.json"], 2, ["nowhere.json"]),
     ("nearest preset", ["plan", "gpt2-124mm"], 2, ["gpt2-124m"]),
     ("empty file", ["plan", "empty.json"], 2, ["empty.json", "empty"]),

@@ -97,3 +97,14 @@ def test_a_second_backward_is_refused_not_wrong():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_without_gradients_none_are_made(monkeypatch):
+    """In an evaluation the head's gradient, as large as the head, must not be made."""
+    made = []
+    zeros_like = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda *a, **k: made.append(a[0].shape) or zeros_like(*a, **k))
+    weight = torch.randn(50, 8, requires_grad=True)
+    with torch.no_grad():
+        linear_cross_entropy(torch.randn(6, 8), weight, torch.arange(6))
+    assert made == []

@@ -62,7 +62,7 @@ def test_activations_are_what_autograd_saves(fields, dtype, packed):
     built = Transformer(model, compute_dtype=dtype).initialise(0).train()
     saved = saved_bytes(built, random_batch(model, 2, packed))
     rows = plan_memory.Rows(2, model.context_length, dtype.itemsize, packed)
-    counted = outer_activations(model, rows, False) + model.n_layers * block_activations(model, rows)
+    counted = outer_activations(model, rows) + model.n_layers * block_activations(model, rows)
     assert counted == pytest.approx(saved, rel=0.005)
 
 

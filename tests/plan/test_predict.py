@@ -93,6 +93,14 @@ def test_the_plan_as_shown(speed, machine):
         assert part in shown
 
 
+def test_the_share_of_an_accelerators_peak(speed, machine):
+    plan = replace(predict.plan(config()), device="NVIDIA L4", process_bytes=0)
+    flops_per_second = 2_048 / 5.0 * flops_per_token(PRESETS["gpt2-124m"]).total
+    assert plan.share_of_peak == flops_per_second / 121e12
+    assert "NVIDIA L4, 0.3 % of the vendor's peak rate" in text_of(plan)
+    assert replace(plan, device="NVIDIA Unheard").share_of_peak is None
+
+
 def test_without_measuring_nothing_is_said_of_speed(machine):
     plan = predict.plan(config(), measure=False)
     assert plan.to_dict()["step_seconds"] is None

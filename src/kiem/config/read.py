@@ -21,6 +21,7 @@ from kiem.config.run import DataConfig, RunConfig
 from kiem.errors import ConfigError, StorageError
 
 _REMOVE = object()
+_OPTIONS = {"data.sources": "--data"}  # options that are not called as their key is
 
 
 def read_config(target: str | Path | Mapping | RunConfig | None, overrides: Sequence[str] = (),
@@ -38,7 +39,7 @@ def read_config(target: str | Path | Mapping | RunConfig | None, overrides: Sequ
     elif target is not None:
         draft.add_target(str(target))
     for key, value in (options or {}).items():
-        draft.set(key, value, f"--{key.rpartition('.')[2]}")
+        draft.set(key, value, _OPTIONS.get(key) or f"--{key.rpartition('.')[2]}")
     for text in sorted(overrides, key=lambda text: not text.startswith("model=")):  # a preset, then changes to it
         draft.override(text)
     return draft.check()

@@ -22,12 +22,14 @@ def rotary_tables(positions_BT: Tensor, head_dim: int, base: float, dtype: torch
     return angle_BTK.cos()[:, :, None].to(dtype), angle_BTK.sin()[:, :, None].to(dtype)
 
 
-def document_mask(docs_BT: Tensor) -> Tensor | None:
-    """(B, 1, T, T), True where a query may look: the same document, not later. None when every row is one document."""
+def document_mask(docs_BT: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """(B, 1, T, T), 0 where a query may look (the same document, not later) and -inf elsewhere; None when every row is
+    one document. Made once for all layers: of a boolean mask attention would make these numbers in each."""
     if bool((docs_BT == docs_BT[:, :1]).all()):
         return None
     same_BTT = docs_BT[:, :, None] == docs_BT[:, None, :]
-    return same_BTT.tril_()[:, None]
+    mask_BTT = torch.zeros(same_BTT.shape, dtype=dtype, device=docs_BT.device)
+    return mask_BTT.masked_fill_(~same_BTT.tril_(), -torch.inf)[:, None]
 
 
 def cache_mask(cache: Cache, n_queries: int) -> Tensor | None:

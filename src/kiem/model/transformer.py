@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         self, tokens_BT: Tensor, docs_BT: Tensor | None, cache: Cache | None, valid_BT: Tensor | None
     ) -> Tensor | None:
         if cache is None:
-            return None if docs_BT is None else document_mask(docs_BT)
+            return None if docs_BT is None else document_mask(docs_BT, self.compute_dtype)
         cache.advance(torch.ones_like(tokens_BT, dtype=torch.bool) if valid_BT is None else valid_BT)
         return cache_mask(cache, tokens_BT.shape[1])
 

@@ -29,6 +29,8 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
     x_ND: features, any float type; weight_VD: head; targets_N: int64. Equal to linear_cross_entropy_plain up to
     the order of summation. Differentiable once in x_ND and weight_VD.
     """
+    if not torch.is_grad_enabled():  # autograd does not tell a function so: it would make gradients that nobody reads
+        x_ND, weight_VD = x_ND.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N)
 
 
@@ -54,6 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             sum_n1 = exp_nV.sum(1, keepdim=True)
             loss += ((sum_n1.log() + top_n1 - target_n1) * valid_n1).sum()
             if not (need_x or need_w):
+                del logits_nV, exp_nV
                 continue
             grad_nV = exp_nV.mul_(valid_n1 / sum_n1)
             grad_nV.scatter_add_(1, index_n1, -valid_n1.float())
@@ -65,6 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_w_VD.addmm_(grad_nV.T, x_nD)
                 else:
                     grad_w_VD.add_(grad_nV.T @ x_nD)
+            del logits_nV, exp_nV, grad_nV  # or the next chunk would be made beside this one
         ctx.save_for_backward(grad_x_ND, grad_w_VD)
         return loss
 

@@ -69,20 +69,19 @@ def memory(model: ModelConfig, train: TrainConfig, compute_bytes: int, packed: b
     block = block_activations(model, rows)
     if train.activation_checkpointing:
         residual = rows.N * model.emb_dim * rows.e  # the input of each block; the rest is made again, one at a time
-        activations, again = outer_activations(model, rows, True) + model.n_layers * residual, block - residual
+        activations, again = outer_activations(model, rows) + model.n_layers * residual, block - residual
     else:
-        activations, again = outer_activations(model, rows, False) + model.n_layers * block, 0
+        activations, again = outer_activations(model, rows) + model.n_layers * block, 0
     loss = loss_bytes(model, rows)
     # With more than one micro-batch the gradients of those before are there while the next goes forward.
     before = weights if train.batch_tokens > train.micro_batch_tokens else 0
     tables = table * (2 if before and model.tie_embeddings else 1)
-    chunk_rows, after_rows = _chunks(model, rows)
     peak = weights + optimizer + batch + max(
         before + activations + loss,  # the end of forward
         before + activations + again + table + _backward_bytes(model, rows),  # backward through the last block
-        weights + outer_activations(model, rows, False) + tables,  # backward through the embeddings
+        weights + outer_activations(model, rows) + tables,  # backward through the embeddings
         weights + update,
-        weights + FLOAT32 * model.vocab_size * (chunk_rows + after_rows),  # an evaluation, the gradients still there
+        weights + FLOAT32 * model.vocab_size * _chunk_rows(model, rows),  # an evaluation, the gradients still there
     )
     return Memory(weights, weights, optimizer, activations, loss, update, batch, peak)
 
@@ -115,11 +114,10 @@ def _attention_activations(model: ModelConfig, rows: Rows) -> int:
     if model.drop_rate:
         # Not fused, in float32: scaled queries, keys, values; weights, their mask, their product; and the output.
         return total + 3 * N * H * K * FLOAT32 + 3 * rows.B * H * rows.T**2 * FLOAT32 + N * H * K * e
-    total += N * (2 * H + 2 * G) * K * e + N * H * FLOAT32  # with the output, and the log of the softmax's denominator
-    return total + (N * rows.T * e if rows.packed else 0)  # the mask as numbers
+    return total + N * (2 * H + 2 * G) * K * e + N * H * FLOAT32  # output, and the log of the softmax's denominator
 
 
-def outer_activations(model: ModelConfig, rows: Rows, checkpointing: bool) -> int:
+def outer_activations(model: ModelConfig, rows: Rows) -> int:
     """Bytes kept for backward outside the blocks: embeddings, rotary tables, last norm."""
     N, D, e = rows.N, model.emb_dim, rows.e
     total = _norm_activations(model.norm, N, D, e)
@@ -127,23 +125,22 @@ def outer_activations(model: ModelConfig, rows: Rows, checkpointing: bool) -> in
         total += N * model.head_dim * e
     if model.drop_rate:
         total += N * D * e
-    return total + (N * rows.T if checkpointing and rows.packed else 0)  # the mask, as truth values
+    return total + (N * rows.T * e if rows.packed and not model.drop_rate else 0)  # the document mask, one for all
 
 
-def _chunks(model: ModelConfig, rows: Rows) -> tuple[int, int]:
-    """Positions in the first two chunks of the loss: the first is still held while the second is computed."""
-    first = min(rows.N, max(1, LOSS_CHUNK_ELEMENTS // model.vocab_size))
-    return first, min(rows.N - first, first)
+def _chunk_rows(model: ModelConfig, rows: Rows) -> int:
+    """Positions in one chunk of the loss."""
+    return min(rows.N, max(1, LOSS_CHUNK_ELEMENTS // model.vocab_size))
 
 
 def loss_bytes(model: ModelConfig, rows: Rows) -> int:
-    """Most bytes that the chunked cross-entropy takes: features, their gradient, the head's, logits of two chunks."""
+    """Most bytes that the chunked cross-entropy takes: features, their gradient, the head's, logits of a chunk."""
     V, D, N, e = model.vocab_size, model.emb_dim, rows.N, rows.e
-    chunk, after = _chunks(model, rows)
+    chunk = _chunk_rows(model, rows)
     total = 2 * N * D * e + FLOAT32 * V * D
     if e == FLOAT32:
-        return total + FLOAT32 * V * (chunk + after)
-    return total + e * V * D + V * ((FLOAT32 + e) * chunk + max((FLOAT32 + e) * after, (FLOAT32 + e) * D))
+        return total + FLOAT32 * V * chunk
+    return total + e * V * D + V * (FLOAT32 + e) * (chunk + D)
 
 
 def _backward_bytes(model: ModelConfig, rows: Rows) -> int:

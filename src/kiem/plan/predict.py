@@ -10,7 +10,7 @@ from kiem.config.run import RunConfig
 from kiem.errors import ConfigError
 from kiem.format import bytes_text, count_text, integer_text, percent_text, seconds_text
 from kiem.plan.count import Flops, flops_per_token, parameters_by_module
-from kiem.plan.devices import DEVICES, Machine, this_machine
+from kiem.plan.devices import DEVICES, Machine, find_device, this_machine
 from kiem.plan.memory import Memory, memory
 
 if TYPE_CHECKING:
@@ -77,6 +77,14 @@ class Plan:
         return self.config.train.batch_tokens / self.step_seconds if self.step_seconds else None
 
     @property
+    def share_of_peak(self) -> float | None:
+        """Model FLOPs per second over the vendor's peak for this device, 0..1; None if either is not known."""
+        known = find_device(self.device)
+        if known is None or self.tokens_per_second is None:
+            return None
+        return self.tokens_per_second * self.flops.total / known.peak_flops
+
+    @property
     def evaluation_seconds(self) -> float | None:
         """All evaluations, each taken as `eval_tokens` long (the last one takes all held-out text)."""
         train = self.config.train
@@ -120,6 +128,7 @@ class Plan:
             "update_seconds": self.speed and self.speed.update_seconds,
             "step_seconds": self.step_seconds,
             "tokens_per_second": self.tokens_per_second,
+            "share_of_peak": self.share_of_peak,
             "evaluation_seconds": self.evaluation_seconds,
             "total_seconds": self.total_seconds,
             "speed_method": self.speed and self.speed.method,
@@ -295,8 +304,10 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     if plan.speed is not None:
         yield "time of one step", seconds_text(plan.step_seconds), (
             f"of it {seconds_text(plan.speed.update_seconds)} the optimiser; {plan.speed.method}")
-        yield "speed", f"{integer_text(plan.tokens_per_second)} tokens/s", (
-            f"{plan.device}: {plan.machine.processor}, {plan.machine.cores} cores")
+        on = plan.device if plan.process_bytes == 0 else f"{plan.machine.processor}, {plan.machine.cores} cores"
+        if plan.share_of_peak is not None:
+            on += f", {percent_text(plan.share_of_peak)} of the vendor's peak rate"
+        yield "speed", f"{integer_text(plan.tokens_per_second)} tokens/s", on
         yield "time", seconds_text(plan.total_seconds), f"of it {seconds_text(plan.evaluation_seconds)} evaluations"
     else:
         there = [of for of in elsewhere(plan) if of["fits"] and of["device"] in SHOWN_ELSEWHERE]
