@@ -81,7 +81,7 @@ def test_vocabulary_smaller_than_the_tokenizers():
 
 
 def test_tokenizer_size_follows():
-    assert tokenizer_vocab_size(RunConfig(depth=4)) == 4096
+    assert tokenizer_vocab_size(RunConfig(depth=4)) == 2048
     assert tokenizer_vocab_size(RunConfig(model=SMALL)) == 100
     assert tokenizer_vocab_size(RunConfig(data=DataConfig(tokenizer_vocab_size=777))) == 777
 

@@ -8,18 +8,19 @@ The derivation, in the order in which it is done. M: measured (records/), A: ass
  3. hidden_dim = 8/3 * emb_dim, rounded up to 64, so that SwiGLU's three matrices weigh what two of 4 * emb_dim do
     (A: Shazeer 2020).
  4. context_length = 64 * depth, rounded up to a power of two, between 256 and 2048: text a model of this size can use.
- 5. A bpe tokenizer of 1024 * depth entries, rounded to a power of two, between 2048 and 65536 (M at depth 4).
+ 5. A bpe tokenizer of 128 * depth^2 entries, rounded to a power of two, between 1024 and 65536: the head's share of
+    the work stays the same at any depth (M at emb_dim 128: 1024 beats 2048 beats 4096; A beyond).
  6. tokens = 20 per parameter that is multiplied with (blocks and head; A: Hoffmann et al. 2022, arXiv:2203.15556).
- 7. batch_tokens = 4 * sqrt(tokens), rounded to a power of two, at least one context: the batch that still
+ 7. batch_tokens = 1.2 * sqrt(tokens), rounded to a power of two, at least one context: the batch that still
     pays grows about with the square root of the data (A: Zhang et al. 2024, arXiv:2410.21676; the factor M).
  8. matrix_lr = 0.02 at any width: an orthogonal update has the same effect on a matrix of any size (A: Jordan 2024;
-    M at depth 4).
- 9. lr of AdamW = 0.004 * sqrt(256 / emb_dim) for embeddings, head and vectors beside Muon (M at depth 4, the power A);
-    for AdamW alone 6e-4 * sqrt(768 / emb_dim) (A: Brown et al. 2020, table 2.1, within a factor
-    of 1.3).
+    M: 0.02 beats 0.04 at emb_dim 192).
+ 9. lr of AdamW beside Muon, for embeddings, head and vectors, = 0.004 (M at emb_dim 128 to 256; A to 768), falling with
+    the root of emb_dim above 768 (A); AdamW alone 6e-4 * sqrt(768 / emb_dim) (A: Brown et al. 2020, table 2.1,
+    within a factor of 1.3).
 10. weight_decay: 0.1 with AdamW (A: Brown et al. 2020); 0 with Muon, whose runs here are short of item 6 (M).
 11. Warm-up over 2 % of the tokens, cool-down linear to 0 over the last 40 % (A: Hägele et al. 2024,
-    arXiv:2405.18392; M at depth 4).
+    arXiv:2405.18392).
 12. A forward pass takes the whole batch, but no more tokens than 16384 * 256 / emb_dim (at least one context), so that
     activations stay within a few GB; the rest accumulates.
 13. For a time instead of a depth: the deepest model that sees at least 5 tokens per parameter of item 6 in it. Far
@@ -88,7 +89,7 @@ def tokenizer_vocab_size(config: RunConfig) -> int:
         return config.data.tokenizer_vocab_size
     if config.model is not None:
         return config.model.vocab_size
-    return min(65_536, max(2_048, _power_of_two(1024 * (config.depth or DEFAULT_DEPTH))))
+    return min(65_536, max(1_024, _power_of_two(128 * (config.depth or DEFAULT_DEPTH) ** 2)))
 
 
 def depth_for(flops: float) -> int:
@@ -126,7 +127,7 @@ def _training(train: TrainConfig, model: ModelConfig) -> dict[str, Any]:
     """Items 6 to 14, and the checks that need the model."""
     context, muon = model.context_length, train.optimizer == "muon"
     tokens = train.tokens or 20 * multiplied_parameters(model)
-    batch = train.batch_tokens or max(context, min(_power_of_two(4 * math.sqrt(tokens)), tokens) // context * context)
+    batch = train.batch_tokens or max(context, min(_power_of_two(1.2 * math.sqrt(tokens)), tokens) // context * context)
     micro = train.micro_batch_tokens or _largest_part(batch, context, 16_384 * 256 // model.emb_dim)
     problems = [
         f"{name} {value} is not a multiple of context_length {context}: use {max(1, round(value / context)) * context}"
@@ -149,7 +150,7 @@ def _training(train: TrainConfig, model: ModelConfig) -> dict[str, Any]:
     derived = {
         "batch_tokens": batch,
         "micro_batch_tokens": micro,
-        "lr": 0.004 * math.sqrt(256 / model.emb_dim) if muon else 6e-4 * math.sqrt(768 / model.emb_dim),
+        "lr": 0.004 * min(1.0, math.sqrt(768 / model.emb_dim)) if muon else 6e-4 * math.sqrt(768 / model.emb_dim),
         "matrix_lr": 0.02 if muon else None,
         "weight_decay": 0.0 if muon else 0.1,
         "warmup_tokens": tokens // 50,

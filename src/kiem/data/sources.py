@@ -71,8 +71,8 @@ def _files(path: str) -> list[tuple[str, Path]]:
     """(name shown, file) for a path that a user gave."""
     try:
         return _found(path, Path(path).expanduser())
-    except PermissionError as error:
-        raise DataError(f"source {path}: {error.filename} cannot be read: {error.strerror}") from None
+    except OSError as error:  # no permission, a name that no file can have, a broken disk
+        raise DataError(f"source {path}: {error.filename or path} cannot be read: {error.strerror}") from None
 
 
 def _found(path: str, given: Path) -> list[tuple[str, Path]]:
