@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kiem.config.model import ModelConfig
-from kiem.config.presets import PRESETS, default_model, multiplied_parameters, resolve, tokenizer_vocab_size
+from kiem.config.presets import PRESETS, default_model, depth_for, multiplied_parameters, resolve, tokenizer_vocab_size
 from kiem.config.run import DataConfig, RunConfig, TrainConfig
 from kiem.errors import ConfigError
 from kiem.plan.count import total_parameters
@@ -29,7 +29,7 @@ def test_any_depth_resolves_and_is_complete(depth):
     config = RunConfig(depth=depth)
     resolved = resolve(config, tokenizer_vocab_size(config))
     train = resolved.train
-    assert resolved.model.emb_dim == 64 * depth and resolved.model.n_layers == depth
+    assert resolved.model.emb_dim == 64 * ((depth + 1) // 2) and resolved.model.n_layers == depth
     assert None not in train.model_dump().values()
     assert (
         train.batch_tokens % train.micro_batch_tokens == train.micro_batch_tokens % resolved.model.context_length == 0
@@ -81,7 +81,7 @@ def test_vocabulary_smaller_than_the_tokenizers():
 
 
 def test_tokenizer_size_follows():
-    assert tokenizer_vocab_size(RunConfig(depth=4)) == 2048
+    assert tokenizer_vocab_size(RunConfig(depth=4)) == 1024
     assert tokenizer_vocab_size(RunConfig(model=SMALL)) == 100
     assert tokenizer_vocab_size(RunConfig(data=DataConfig(tokenizer_vocab_size=777))) == 777
 
@@ -91,3 +91,8 @@ def test_default_family_is_qwen3():
 
     assert family_of(default_model(4, 4096)) == "qwen3"
     assert {family_of(m) for m in PRESETS.values()} == {"gpt2"}
+
+
+@given(st.floats(1e10, 1e22), st.floats(1.0, 100.0))
+def test_more_time_never_gives_a_shallower_model(flops, factor):
+    assert 2 <= depth_for(flops) <= depth_for(flops * factor)
