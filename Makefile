@@ -12,7 +12,7 @@ CPU_TORCH := [ "$$(uname -s)" != Linux ] || [ -e /dev/nvidiactl ] || $(INSTALL) 
 .PHONY: demo test test-slow lint clean
 
 demo: .venv/.core
-	$(BIN)/kiem train --minutes 3.2 --out runs/demo
+	$(BIN)/kiem train --minutes 3.7 --out runs/demo
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu"

@@ -9,9 +9,9 @@ The derivation, in the order in which it is done. M: measured (records/), A: ass
     (A: Shazeer 2020).
  4. context_length = 64 * depth, rounded up to a power of two, between 256 and 2048: text a model of this size can use.
  5. A bpe tokenizer of 64 * depth^2 entries, rounded to a power of two, between 1024 and 65536: the head's share of the
-    work stays about the same at any depth (M at emb_dim 128: 1024 beats 2048 beats 4096; A beyond).
+    work stays about the same at any depth (M at emb_dim 128: 1024 beats 2048; A beyond).
  6. tokens = 20 per parameter that is multiplied with (blocks and head; A: Hoffmann et al. 2022, arXiv:2203.15556).
- 7. batch_tokens = 1.2 * sqrt(tokens), rounded to a power of two, at least one context: the batch that still
+ 7. batch_tokens = 0.75 * sqrt(tokens), rounded to a power of two, at least one context: the batch that still
     pays grows about with the square root of the data (A: Zhang et al. 2024, arXiv:2410.21676; the factor M).
  8. matrix_lr = 0.02 at any width: an orthogonal update has the same effect on a matrix of any size (A: Jordan 2024;
     M: 0.02 beats 0.04 at emb_dim 192).
@@ -128,7 +128,7 @@ def _training(train: TrainConfig, model: ModelConfig) -> dict[str, Any]:
     """Items 6 to 14, and the checks that need the model."""
     context, muon = model.context_length, train.optimizer == "muon"
     tokens = train.tokens or 20 * multiplied_parameters(model)
-    batch = train.batch_tokens or max(context, min(_power_of_two(1.2 * math.sqrt(tokens)), tokens) // context * context)
+    batch = train.batch_tokens or max(context, min(_power_of_two(0.75 * math.sqrt(tokens)), tokens) // context * context)
     micro = train.micro_batch_tokens or _largest_part(batch, context, 16_384 * 256 // model.emb_dim)
     problems = [
         f"{name} {value} is not a multiple of context_length {context}: use {max(1, round(value / context)) * context}"
