@@ -259,7 +259,7 @@ class Trainer:
         elif problems:
             notes.append("no whole checkpoint is left: training starts from the beginning")
         self.log.truncate(self.step)
-        self.samples.truncate(self.step)
+        self.samples.truncate(self.step or -1)  # from the beginning again, also with the samples before training
         return notes
 
     def on_signal(self, number: int) -> None:
