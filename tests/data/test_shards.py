@@ -80,6 +80,15 @@ def test_any_range_over_any_shards(tmp_path_factory, parts, data):
     assert len(split.document_names(start, stop)) == sum(touched) * (start < stop)
 
 
+def test_an_empty_shard_between_others(tmp_path):
+    """It has no files: a range that goes over it must not look for them."""
+    written = [write_shard(tmp_path, f"s{n}", [("x", text)] if text else []) for n, text in
+               enumerate([b"a", b"", b"b"])]
+    split = Split(tmp_path, "s", written, token_type(257))
+    assert split.tokens(0, 4).tolist() == [256, *b"a", 256, *b"b"]
+    assert split.document_starts(0, 4).tolist() == [0, 2]
+
+
 def test_searching_many_documents(tmp_path):
     writer = ShardWriter(tmp_path, "s", token_type(257))
     for i in range(20_000):

@@ -128,7 +128,7 @@ def _training(train: TrainConfig, model: ModelConfig) -> dict[str, Any]:
     """Items 6 to 14, and the checks that need the model."""
     context, muon = model.context_length, train.optimizer == "muon"
     tokens = train.tokens or 20 * multiplied_parameters(model)
-    batch = train.batch_tokens or max(context, min(_power_of_two(0.75 * math.sqrt(tokens)), tokens) // context * context)
+    batch = train.batch_tokens or max(context, min(_power_of_two(0.75 * tokens**0.5), tokens) // context * context)
     micro = train.micro_batch_tokens or _largest_part(batch, context, 16_384 * 256 // model.emb_dim)
     problems = [
         f"{name} {value} is not a multiple of context_length {context}: use {max(1, round(value / context)) * context}"

@@ -154,6 +154,7 @@ class Split:
     """
 
     def __init__(self, folder: Path, name: str, shards: list[dict], dtype: np.dtype) -> None:
+        shards = [shard for shard in shards if shard["tokens"]]  # an empty one has no files
         self.folder, self.name, self.shards, self.dtype = folder, name, shards, dtype
         self._token_ends = list(accumulate(shard["tokens"] for shard in shards))
         self._document_ends = list(accumulate(shard["documents"] for shard in shards))
