@@ -142,7 +142,7 @@ def test_odd_values_anywhere_do_not_stop_a_report(make_run, records, wrong):
     strange = [{**sample, "step": wrong, "tokens": wrong, "prompt": wrong} for sample in records.samples]
     plan = dict.fromkeys(records.plan, wrong)
     report = write(make_run(metrics=records.whole[:3] + odd, samples=strange + records.samples, plan=plan))
-    json.loads(json.dumps(report, allow_nan=False))
+    assert json.loads(json.dumps(report, allow_nan=False)).keys() == report.keys()
 
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))

@@ -300,8 +300,9 @@ def test_without_locks_the_signature_decides(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"pid": "x"}', "\x00" * 50])
 def test_a_lock_file_with_any_text_can_be_taken(tmp_path, text):
     (tmp_path / ".lock").write_text(text)
-    with folder.lock(tmp_path):
-        pass
+    with folder.lock(tmp_path) as held:
+        assert held == tmp_path
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
 def test_a_run_folder_that_cannot_be(tmp_path):

@@ -55,6 +55,7 @@ def lock(run: Path) -> Iterator[Path]:
         _take(handle, run)
         with contextlib.suppress(OSError):  # the text is for people; a full disk must not stop a resume here
             os.ftruncate(handle, 0)
+            os.lseek(handle, 0, os.SEEK_SET)  # reading what a killed run left has moved on
             os.write(handle, _self_description().encode())
         clean(checkpoints_folder(run))
         yield run
