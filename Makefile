@@ -9,13 +9,17 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 CPU_TORCH := [ "$$(uname -s)" != Linux ] || [ -e /dev/nvidiactl ] || $(INSTALL) --retries 0 --timeout 10 \
 	--index-url https://download.pytorch.org/whl/cpu $(TORCH) >/dev/null 2>&1 || true
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test fuzz test-slow lint clean
 
 demo: .venv/.core
 	$(BIN)/kiem train --minutes 3.7 --out runs/demo
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu"
+
+# The property tests, on examples not seen before.
+fuzz: .venv/.dev
+	KIEM_HYPOTHESIS=fuzz $(BIN)/python -m pytest -q -n 2 $$(grep -rl "^@given" tests)
 
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -q -m slow

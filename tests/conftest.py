@@ -4,10 +4,16 @@ import os
 import sys
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two workers with two threads each on two cores wait for each other: small operations take a hundred times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# `make test` asks the same examples each time: a change that passes here passes elsewhere. `make fuzz` asks new ones.
+settings.register_profile("default", derandomize=True)
+settings.register_profile("fuzz", derandomize=False)
+settings.load_profile(os.environ.get("KIEM_HYPOTHESIS", "default"))
 
 
 @pytest.fixture(autouse=True)

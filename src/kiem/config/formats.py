@@ -264,7 +264,13 @@ class Dumper(yaml.SafeDumper):
         """Equal values are written out each time: a configuration has no anchors."""
         return True
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Text with a line break of any kind is escaped: between single quotes the reader folds a break into a space."""
+        breaks = any(mark in text for mark in "\n\r\x85\u2028\u2029")
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if breaks else None)
 
+
+Dumper.add_representer(str, Dumper.represent_text)
 for _class in (Loader, Dumper):
     for _tag, _regexp, _first in _RESOLVERS:
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _regexp, list(_first))
