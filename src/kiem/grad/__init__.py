@@ -1,0 +1,1 @@
+"""What a PyTorch program did and whether its gradients are right: record, explain, verify."""
