@@ -108,7 +108,8 @@ class Op:
     parent: int | None = None  # the custom Function in which it ran
     region: str = ""  # checkpoint, recomputed, optimizer
     grad_enabled: bool = True
-    mutates: tuple[int, ...] = ()  # values that it changed in place
+    mutates: tuple[int, ...] = ()  # values that it changed in place, after the change
+    base: int | None = None  # of what it changed, when that is a view: the whole tensor before the change
     random: bool = False
     rng_state: torch.Tensor | None = None  # the generator's, just before
     node: str = ""  # autograd's name of its backward; empty: nothing to differentiate
@@ -160,6 +161,7 @@ class BackwardCall:
     root_keys: tuple[tuple, ...] = ()
     steps: list[Step] = field(default_factory=list)
     nested: bool = False  # inside another one: a reentrant checkpoint
+    retained: bool = False  # the graph may be run through again
     leaf_grads: dict[int, Gradient] = field(default_factory=dict)  # what this call added to `.grad`, by value
 
 

@@ -6,10 +6,13 @@ respect to the outputs. It uses no autograd and no backward kernel of torch, so 
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -22,16 +25,36 @@ class Call:
     attributes: dict[str, Any]
     outputs: tuple[Tensor, ...]
 
+    def __getitem__(self, name: str) -> Any:
+        """The argument of this name: a tensor, a number, None."""
+        return self.inputs[name] if name in self.inputs else self.attributes.get(name)
 
-# (call, gradient of each output or None) -> gradient by input name. Shapes are those of the inputs.
+    def get(self, name: str, default: Any) -> Any:
+        """The argument of this name; `default` if it is not there or None."""
+        value = self[name]
+        return default if value is None else value
+
+    def members(self, name: str) -> list[Tensor | None]:
+        """A list of tensors; None where the list has none, as in `x[:, i]`."""
+        found = {int(k[len(name) + 1 : -1]): t for k, t in self.inputs.items() if k.startswith(f"{name}[")}
+        return [found.get(i) for i in range(max(found, default=-1) + 1)]
+
+    @property
+    def y(self) -> Tensor:
+        """The first output."""
+        return self.outputs[0]
+
+
+# (call, gradient of each output or None) -> gradient by input name. Shapes are those of the inputs; no entry: no closed form.
 Vjp = Callable[[Call, tuple[Tensor | None, ...]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """`forward`: the formula, as `y = a · b`; `derivatives`: per argument the vector-Jacobian product, as `g · b`; for a list
-    argument under its bare name. `symbols`: what the letters of the formulas stand for: argument name -> letter, `0` -> output 0.
-    `kink`: where the derivative has a choice, in words; empty if nowhere.."""
+    argument under its bare name. Of a repeated (broadcast) argument the sum over what repeated it is understood.
+    `symbols`: what the letters of the formulas stand for: argument name -> letter, `0` -> output 0.
+    `kink`: where the derivative has a choice, in words; empty if nowhere. `pointwise`: y[i] depends on no x[j] but x[i]."""
 
     ops: tuple[str, ...]
     forward: str
@@ -39,26 +62,58 @@ class Rule:
     vjp: Vjp
     symbols: dict[str, str]
     kink: str = ""
+    pointwise: bool = False
 
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(*ops: str, forward: str, symbols: dict[str, str], kink: str = "", **derivatives: str) -> Callable[[Vjp], Vjp]:
-    """Register a row for the operations named (`mul.Tensor`, or `mul` for every overload; the in-place form `mul_` is the same row)."""
+def rule(
+    *ops: str,
+    forward: str,
+    symbols: dict[str, str],
+    kink: str = "",
+    pointwise: bool = False,
+    every: bool = False,
+    **derivatives: str,
+) -> Callable[[Callable], Callable]:
+    """Register a row for the operations named (`mul.Tensor`, or `mul` for every overload; the in-place form `mul_` is the same row).
 
-    def register(vjp: Vjp) -> Vjp:
+    The function decorated is given the call and the gradient of output 0 (`every`: the gradients of all outputs, some None).
+    What it returns is summed over broadcast axes; entries for what is no floating-point tensor are dropped.
+    """
+
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def vjp(call: Call, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+            if every and all(g is None for g in gradients):
+                return {}
+            if not every and (gradients[0] is None or any(g is not None for g in gradients[1:])):
+                return {}  # the row knows only what output 0 does
+            found = function(call, gradients if every else gradients[0])
+            return {
+                name: unbroadcast(g, call.inputs[name]).to(call.inputs[name].dtype)
+                for name, g in found.items()
+                if name in call.inputs and (call.inputs[name].is_floating_point() or call.inputs[name].is_complex())
+            }
+
         for op in ops:
             if op in RULES:
                 raise ValueError(f"two rows for {op}")
-            RULES[op] = Rule(ops, forward, {k.removesuffix("_"): v for k, v in derivatives.items()}, vjp, symbols, kink)
-        return vjp
+            RULES[op] = Rule(ops, forward, derivatives, vjp, symbols, kink, pointwise)
+        return function
 
     return register
 
 
 def find(name: str) -> Rule | None:
     """The row for `aten.mul.Tensor` or `aten.mul_.Tensor`; None: no closed form."""
+    key = find_key(name)
+    return RULES[key] if key else None
+
+
+def find_key(name: str) -> str | None:
+    """Under which name RULES has it."""
     parts = name.split(".")
     if len(parts) < 2 or parts[0] != "aten":
         return None
@@ -66,10 +121,83 @@ def find(name: str) -> Rule | None:
     for op in (base, base[:-1] if base.endswith("_") else base):
         for key in (f"{op}.{overload}", op):
             if key in RULES:
-                return RULES[key]
+                return key
     return None
 
 
 def unbroadcast(gradient: Tensor, like: Tensor) -> Tensor:
     """Sum the gradient over what broadcasting repeated, to the shape of `like`."""
     return gradient.sum_to_size(like.shape) if gradient.shape != like.shape else gradient
+
+
+# -- for people --------------------------------------------------------------------------------------------------------
+
+_WORD = re.compile(r"[A-Za-zΑ-Ωα-ωϕ]+[₀-₉]*")
+_READABLE = {"exp", "ln", "sin", "cos", "tan", "sinh", "cosh", "tanh", "sign", "σ", "Φ", "φ", "π", "ψ", "if", "else", "and", "or"}
+
+
+def formula(rule: Rule, call: Call, argument: str | None = None) -> str:
+    """The formula of the derivative for an argument, of the operation itself for None; factors that are 1 in this call left out."""
+    text = rule.forward if argument is None else rule.derivatives.get(_bare(argument), "")
+    for name, letter in rule.symbols.items():
+        value = call.attributes.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value == 1:
+            text = text.replace(f"{letter} · ", "")
+    return text
+
+
+def local_derivative(rule: Rule, call: Call, argument: str) -> Tensor | None:
+    """dy/dx of each element: shape of the argument. None unless the operation is pointwise there, or x and y are scalars."""
+    x = call.inputs.get(argument)
+    if x is None or not call.outputs:
+        return None
+    y = call.outputs[0]
+    if not (x.numel() == y.numel() == 1 or (rule.pointwise and x.shape == y.shape)):
+        return None
+    gradients = (torch.ones_like(y), *(None for _ in call.outputs[1:]))
+    return rule.vjp(call, gradients).get(argument)
+
+
+def substituted(rule: Rule, call: Call, argument: str, g: Tensor | float | None = None) -> str | None:
+    """The derivative's formula with its numbers, as `0.9183 · (1 − 0.9183)`; None unless every letter in it is a scalar.
+    g: the gradient that arrives; None writes dy/dx without it."""
+    text = formula(rule, call, argument)
+    if g is None:
+        text = re.sub(r"\bg · ", "", text)
+    numbers: dict[str, float] = {}
+    letters = {letter: name for name, letter in rule.symbols.items()} | {"g": None}
+    for word in set(_WORD.findall(text)):
+        if word in letters:
+            value = (1.0 if g is None else g) if word == "g" else _argument(call, letters[word])
+            number = _scalar(value)
+            if number is None:
+                return None
+            numbers[word] = number
+        elif word not in _READABLE:
+            return None
+    if not text or any(mark in text for mark in "ᵀ[]"):
+        return None
+
+    def write(match: re.Match) -> str:
+        if match[0] not in numbers:
+            return match[0]
+        number = f"{numbers[match[0]]:.4g}".replace("-", "−")
+        before, after = text[: match.start()].rstrip()[-1:], text[match.end() :][:1]
+        bare = not number.startswith("−") or not (before in tuple("·/−+√^|") or after in tuple("²³^"))
+        return number if bare else f"({number})"
+
+    return _WORD.sub(write, text)
+
+
+def _bare(argument: str) -> str:
+    return argument.split("[")[0]
+
+
+def _argument(call: Call, name: str) -> Any:
+    return call.outputs[int(name)] if name.isdigit() else call[name]
+
+
+def _scalar(value: Any) -> float | None:
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 and not value.is_complex() else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

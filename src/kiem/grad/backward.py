@@ -1,0 +1,271 @@
+"""Backward calls: which nodes ran, in which order, with which gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kiem.grad import source
+from kiem.grad.graph import BackwardCall, Gradient, Op, Step, gradient, statistics
+
+if TYPE_CHECKING:
+    from kiem.grad.record import Recorder
+
+LEAF = "AccumulateGrad"
+
+
+class BackwardHooks:
+    """Wraps torch's engine: before each call it hangs a hook on every node that can be reached, and takes them off after."""
+
+    def __init__(self, recorder: Recorder):
+        self._recorder = recorder
+        self._calls: list[BackwardCall] = []
+        self._gradients: dict[int, tuple[weakref.ref, int, Gradient]] = {}
+        self._kernels: list[list[str]] = []
+        self.evidence: list[tuple] = []  # (call, step, op, into, out): real gradients, held for a later verification
+
+    @property
+    def running(self) -> bool:
+        """Whether a backward call is under way."""
+        return bool(self._calls)
+
+    @property
+    def current(self) -> BackwardCall:
+        """The innermost call that is under way."""
+        return self._calls[-1]
+
+    @property
+    def kernels(self) -> list[str]:
+        """Operations of the node that runs now."""
+        return self._kernels[-1] if self._kernels else []
+
+    def wrap_engine(self) -> Callable[[], None]:
+        """Record every backward call until the returned function is called."""
+        original = torch.autograd._engine_run_backward
+
+        def run(t_outputs, *args, **kwargs):
+            if self._recorder.paused:
+                return original(t_outputs, *args, **kwargs)
+            return self._run(original, t_outputs, args, kwargs)
+
+        torch.autograd._engine_run_backward = run
+
+        def undo() -> None:
+            torch.autograd._engine_run_backward = original
+
+        return undo
+
+    def _run(self, original, t_outputs, args: tuple, kwargs: dict):
+        recorder, graph = self._recorder, self._recorder.graph
+        frame, _ = recorder.lines.find(sys._getframe(2))
+        wanted = tuple(args[3]) if len(args) > 3 and args[3] else ()
+        with recorder.pause():
+            recorder.name_locals(frame)
+            roots = tuple(recorder.value_of(t) for t in t_outputs if isinstance(t, torch.Tensor))
+            call = BackwardCall(len(graph.backwards), source.at(frame), len(graph.ops), roots, nested=self.running)
+            call.retained = bool(args[1]) if len(args) > 1 else False
+            graph.backwards.append(call)
+            call.root_keys = tuple(
+                recorder.edge(t, v) for t, v in zip((t for t in t_outputs if isinstance(t, torch.Tensor)), roots, strict=True)
+            )
+            handles = [self._hang(call, node) for node in self._reachable(t_outputs)]
+        self._calls.append(call)
+        try:
+            result = original(t_outputs, *args, **kwargs)
+        finally:
+            self._calls.pop()
+            for pair in handles:
+                for handle in pair:
+                    handle.remove()
+        with recorder.pause():
+            self._take_results(call, wanted, result)
+            mark_hooks(call)
+            if not call.nested:
+                self._gradients.clear()
+                if recorder.observer is not None:
+                    recorder.observer.backward_ended(recorder, call)
+                recorder.folder.step_ended()
+        return result
+
+    def _reachable(self, outputs) -> list:
+        """Every node from the outputs down, saved tensors noted on the way."""
+        stack, seen, nodes = [], set(), []
+        for tensor in outputs:
+            if not isinstance(tensor, torch.Tensor):
+                node = getattr(tensor, "node", None)  # a GradientEdge
+            else:
+                node = torch.autograd.graph.get_gradient_edge(tensor).node if tensor.requires_grad else None
+            if node is not None:
+                stack.append(node)
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            nodes.append(node)
+            self._note_saved(node)
+            stack += [following for following, _ in node.next_functions if following is not None]
+        return nodes
+
+    def op_of(self, node) -> Op | None:
+        """The operation whose derivative a node is."""
+        recorder = self._recorder
+        candidates = recorder.by_sequence.get(node._sequence_nr(), ())
+        name = _plain_name(node.name())
+        for index in candidates:
+            op = recorder.graph.ops[index]
+            if op.kind != "op" or _plain_name(op.label).startswith(name) or name.startswith(_plain_name(op.label)):
+                op.node = op.node or node.name()
+                return op
+        if name == "copyslices":
+            return self._changed_view(node._sequence_nr())
+        return None
+
+    def _changed_view(self, number: int) -> Op | None:
+        """CopySlices: an operation changed a view in place; its own node, numbered just before, is inside."""
+        for index in self._recorder.by_sequence.get(number - 1, ()):
+            op = self._recorder.graph.ops[index]
+            if op.mutates:
+                op.node = "CopySlices"
+                return op
+        return None
+
+    def _note_saved(self, node) -> None:
+        recorder = self._recorder
+        op = self.op_of(node)
+        if op is None or op.region == "checkpoint" or op.kind == "compiled":
+            return
+        for name in dir(node):
+            if name.startswith("_saved_") or name == "saved_tensors":
+                if name.startswith("_saved_") and not hasattr(type(node), "_raw" + name):
+                    continue  # a number
+                with contextlib.suppress(RuntimeError):
+                    for tensor in _tensors(getattr(node, name)):
+                        value = recorder.graph.values[recorder.value_of(tensor)]
+                        if op.index not in value.saved_by:
+                            value.saved_by.append(op.index)
+
+    def _key(self, node) -> tuple:
+        if node.name().endswith(LEAF):
+            return ("leaf", self._recorder.leaf_value(node.variable))
+        return (node._sequence_nr(),)
+
+    def _edges(self, node) -> tuple:
+        edges = []
+        for following, number in node.next_functions:
+            if following is None:
+                edges.append(None)
+                continue
+            key = self._key(following)
+            edges.append(key if key[0] == "leaf" else (key[0], number))
+        return tuple(edges)
+
+    def _hang(self, call: BackwardCall, node) -> tuple:
+        key, op, edges = self._key(node), self.op_of(node), self._edges(node)
+        recorder = self._recorder
+        leaf = key[1] if key[0] == "leaf" else None
+
+        def before(_into) -> None:
+            self._kernels.append([])
+
+        def after(out, into) -> None:
+            kernels = self._kernels.pop() if self._kernels else []
+            with recorder.pause(), torch.no_grad():
+                step = Step(
+                    op.index if op else None, node.name(), key, leaf, tuple(map(self._gradient, into)),
+                    () if leaf is not None else tuple(map(self._gradient, out)), edges, kernels,
+                )  # fmt: skip
+                call.steps.append(step)
+                if recorder.observer is not None:
+                    recorder.observer.node_ran(recorder, step, op, node, into, out)
+                elif recorder.keep:
+                    size = sum(g.nbytes for g in (*into, *out) if g is not None)
+                    if recorder.hold(size):
+                        self.evidence.append((call, step, op, into, () if leaf is not None else out))
+                    else:
+                        self.evidence.clear()
+            if leaf is not None and into[0] is not None:
+                call.leaf_grads[leaf] = step.into[0]
+
+        if leaf is not None:
+            # The accumulation's own outputs are none; its hook before sees the sum that is added to `.grad`.
+            return (node.register_prehook(lambda into: (before(into), after((), into))[0]),)
+        return node.register_prehook(before), node.register_hook(after)
+
+    def _gradient(self, tensor: torch.Tensor | None) -> Gradient | None:
+        """The record of a gradient; one that leaves a node and arrives at the next is looked at once."""
+        if tensor is None:
+            return None
+        known = self._gradients.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+            return known[2]
+        record = gradient(tensor, statistics(tensor))
+        self._gradients[id(tensor)] = (weakref.ref(tensor), tensor._version, record)
+        return record
+
+    def _take_results(self, call: BackwardCall, wanted: tuple, result: Any) -> None:
+        """`autograd.grad` hands its gradients out instead of accumulating them."""
+        if not isinstance(result, tuple):
+            return
+        for tensor, grad in zip(wanted, result, strict=False):
+            if isinstance(tensor, torch.Tensor) and grad is not None:
+                value = self._recorder.leaf_value(tensor) if tensor.is_leaf else self._recorder.value_of(tensor)
+                call.leaf_grads[value] = self._gradient(grad)
+
+
+def mark_hooks(call: BackwardCall) -> None:
+    """Where the contributions to a node's gradient do not add up to what arrived, a hook changed it."""
+    for step, position, total, count in joins(call):
+        arrived = step.into[position]
+        if arrived is None or arrived.sketch.shape != total.shape:
+            continue
+        if not adds_up(total, arrived, count):
+            step.changed_by_hook = True
+
+
+def joins(call: BackwardCall):
+    """(step, output position, sum of the sketches sent to it, how many) for each gradient that arrived from other nodes."""
+    sums: dict[tuple, tuple[torch.Tensor, int]] = {}
+    for step in call.steps:
+        key = step.key if step.leaf is None else None
+        for position in range(len(step.into)):
+            place = (key[0], position) if key else step.key
+            if place in sums:
+                yield step, position, *sums[place]
+        for edge, gradient_ in zip(step.edges, step.out, strict=False):
+            if edge is not None and gradient_ is not None:
+                known = sums.get(edge)
+                if known is None:
+                    sums[edge] = gradient_.sketch, 1
+                elif known[0].shape == gradient_.sketch.shape:
+                    sums[edge] = known[0] + gradient_.sketch, known[1] + 1
+
+
+def adds_up(total: torch.Tensor, arrived: Gradient, count: int) -> bool:
+    """Whether contributions give what arrived, up to the rounding of their sums (a sum of n numbers by halves: log2 n roundings
+    of terms whose root mean square is the norm's)."""
+    unit = torch.finfo(arrived.dtype).eps if arrived.dtype.is_floating_point else 1e-6
+    numel = max(int(torch.Size(arrived.shape).numel()), 2)
+    scale = max(arrived.stats.norm, float(total.norm()))
+    bound = unit * (4 * count + numel.bit_length()) * scale
+    error = float((total - arrived.sketch).abs().max()) if total.numel() else 0.0
+    return not error > bound or arrived.stats.nonfinite > 0
+
+
+def _plain_name(name: str) -> str:
+    """`SoftmaxBackward0` and `_softmax` are both softmax."""
+    name = name.rsplit("::", 1)[-1]
+    if "Backward" in name:
+        name = name[: name.rindex("Backward")]
+    return name.replace("_", "").lower()
+
+
+def _tensors(saved: Any) -> list[torch.Tensor]:
+    if isinstance(saved, torch.Tensor):
+        return [saved]
+    return [t for t in saved if isinstance(t, torch.Tensor)] if isinstance(saved, list | tuple) else []

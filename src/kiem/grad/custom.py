@@ -1,0 +1,131 @@
+"""Calls of a custom autograd.Function: one operation whose inside is recorded as its children."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from kiem.grad import source
+from kiem.grad.graph import Op, Source
+
+if TYPE_CHECKING:
+    from kiem.grad.record import Recorder
+
+
+def wrap_functions(recorder: Recorder) -> Callable[[], None]:
+    """Record every `Function.apply` until the returned function is called."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls, *args, **kwargs):
+        if recorder.paused or torch._C._are_functorch_transforms_active():
+            return original.__func__(cls, *args, **kwargs)
+        return _recorded(recorder, cls, original.__func__, args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)
+
+    def undo() -> None:
+        torch.autograd.Function.apply = original
+
+    return undo
+
+
+def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
+    from kiem.grad.record import flatten
+
+    frame, region = recorder.lines.find(sys._getframe(2))
+    with recorder.pause():
+        recorder.name_locals(frame)
+        names = _argument_names(cls, len(args))
+        tensors = [(name, a) for name, a in zip(names, args, strict=True) if isinstance(a, torch.Tensor)]
+        inputs = tuple((name, recorder.value_of(t)) for name, t in tensors)
+        edges = tuple(recorder.edge(t, v) for (_, t), (_, v) in zip(tensors, inputs, strict=True))
+        recorder.keep_inputs(tensors, inputs)
+        versions = [recorder.storage_of(t).version for _, t in tensors]
+        path, kind = recorder.modules.current
+        compiled = cls.__module__.startswith("torch._functorch") or cls.__name__ == "CompiledFunction"
+        op = Op(
+            index=len(recorder.graph.ops), name=cls.__name__, kind="compiled" if compiled else "function", inputs=inputs,
+            outputs=(), attributes={n: a for n, a in zip(names, args, strict=True) if not isinstance(a, torch.Tensor)},
+            source=source.at(frame), module=path, module_class=kind,
+            parent=recorder.parents[-1] if recorder.parents else None,
+            region="recomputed" if recorder.backward.running else region, grad_enabled=torch.is_grad_enabled(),
+            edges=edges if torch.is_grad_enabled() and any(edges) else (), backward_source=_defined(cls),
+            call=(cls, recorder.template(args), recorder.template(kwargs)),
+        )  # fmt: skip
+        recorder.graph.ops.append(op)
+    recorder.parents.append(op.index)
+    try:
+        out = apply(cls, *args, **kwargs)
+    except Exception as error:
+        op.error = str(error)
+        raise
+    finally:
+        recorder.parents.pop()
+    with recorder.pause():
+        changed = [v for (_, t), (_, v), n in zip(tensors, inputs, versions, strict=True)
+                   if recorder.storage_of(t).version != n]
+        op.mutates = tuple(changed)
+        op.outputs = tuple(_outputs(recorder, op, out))
+        for tensor in flatten(out):
+            if tensor.grad_fn is not None and type(tensor.grad_fn).__name__.endswith("Backward"):
+                op.sequence, op.node = tensor.grad_fn._sequence_nr(), tensor.grad_fn.name()
+                recorder.by_sequence.setdefault(op.sequence, []).insert(0, op.index)
+                break
+    return out
+
+
+def _outputs(recorder: Recorder, op: Op, out):
+    from kiem.grad.record import flatten
+
+    for i, tensor in enumerate(flatten(out)):
+        inner = recorder.seen(tensor)
+        value = recorder.new_value(tensor, op.index, i)
+        if inner is not None:
+            made = recorder.graph.values[inner]
+            value.stats, value.data, value.base = made.stats, made.data, made.base
+        else:
+            recorder.describe(value, tensor)
+        yield value.index
+
+
+def _argument_names(cls, count: int) -> list[str]:
+    try:
+        parameters = list(inspect.signature(cls.forward).parameters.values())
+    except (TypeError, ValueError):
+        return [f"argument{i}" for i in range(count)]
+    if cls.setup_context is torch.autograd.function._SingleLevelFunction.setup_context:
+        parameters = parameters[1:]  # the context
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "argument")
+    names += [f"{rest}[{i}]" for i in range(max(count - len(names), 0))]
+    return names[:count]
+
+
+def _defined(cls) -> Source | None:
+    backward = cls.__dict__.get("backward") or getattr(cls, "backward", None)
+    code = getattr(getattr(backward, "__func__", backward), "__code__", None)
+    if code is None:
+        return None
+    _, line = inspect.getsourcelines(code) if _readable(code) else (None, code.co_firstlineno)
+    return source.source_of(code.co_filename, line + _decorators(code, line), code.co_qualname)
+
+
+def _readable(code) -> bool:
+    try:
+        inspect.getsourcelines(code)
+    except (OSError, TypeError):
+        return False
+    return True
+
+
+def _decorators(code, line: int) -> int:
+    """Lines from the first decorator to `def`."""
+    try:
+        lines, _ = inspect.getsourcelines(code)
+    except (OSError, TypeError):
+        return 0
+    return next((i for i, text in enumerate(lines) if text.lstrip().startswith(("def ", "async def "))), 0)

@@ -1,0 +1,69 @@
+"""Derivatives by number, in float64: central differences, extrapolated twice (Richardson 1911), with an estimate of their error.
+
+Along a direction v, phi(e) = f(x + e v) is a function of one number. Its central difference at steps h, h/2, h/4 has an error in
+h², h⁴, ...; two extrapolations leave h⁶. The difference between the last two is the estimate of the error. Where the one-sided
+differences tend to different limits, f has a kink along v, and a derivative may lie anywhere between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+UNIT = 2.0**-53
+
+
+@dataclass(frozen=True, slots=True)
+class Derivative:
+    """`value` ± `error`; `low` and `high`: the one-sided derivatives, apart at a kink."""
+
+    value: float
+    error: float
+    low: float
+    high: float
+
+    @property
+    def kink(self) -> bool:
+        """Whether the one-sided derivatives differ."""
+        return self.high - self.low > 2 * self.error
+
+
+def derivative(phi: Callable[[float], tuple[float, float]], step: float = 2.0**-7) -> Derivative:
+    """d phi / d e at 0. `phi(e)` gives the value and the sum of the magnitudes of its terms, which bounds its rounding."""
+    middle, size = phi(0.0)
+    best: Derivative | None = None
+    for _ in range(5):
+        one = _at_step(phi, middle, size, step)
+        if best is None or one.error < best.error or (one.kink and not best.kink and one.error < 4 * best.error):
+            best = one
+        if best.error <= 1e-8 * (abs(best.value) + size * 1e-3) or not math.isfinite(best.error):
+            break
+        step /= 2**5
+    return best
+
+
+def _at_step(phi, middle: float, size: float, step: float) -> Derivative:
+    plus, minus = [], []
+    for halving in range(3):
+        h = step / 2**halving
+        up, down = phi(h)[0], phi(-h)[0]
+        plus.append((up - middle) / h)
+        minus.append((middle - down) / h)
+    central = [(p + m) / 2 for p, m in zip(plus, minus, strict=True)]
+    first = [(4 * central[i + 1] - central[i]) / 3 for i in range(2)]
+    value = (16 * first[1] - first[0]) / 15
+    rounding = 8 * UNIT * size / step
+    error = abs(value - first[1]) + rounding
+    # One-sided differences have an error in h, h², ...: two extrapolations.
+    sides = []
+    for side in (plus, minus):
+        once = [2 * side[i + 1] - side[i] for i in range(2)]
+        sides.append(((4 * once[1] - once[0]) / 3, abs(once[1] - once[0])))
+    settled = max(s[1] for s in sides) + 8 * rounding
+    low, high = min(sides[0][0], sides[1][0]), max(sides[0][0], sides[1][0])
+    if high - low <= 4 * settled:
+        low = high = value
+    else:
+        error = min(error, settled)
+    return Derivative(value, error, low, high)

@@ -1,0 +1,421 @@
+"""Record what a PyTorch program does, as one graph, while it runs unchanged.
+
+A TorchDispatchMode sees every operation below autograd. Autograd numbers its nodes as it makes them, one per operation, just before
+the operation reaches us: the number ties an operation to its node, whatever becomes of the tensor objects in between. Tensors are
+told apart by the memory that they show (storage, offset, shape, strides) and its version. Hooks on the nodes of each backward call
+see the gradients. Three entry points of torch are wrapped while recording and put back after: `autograd.Function.apply`,
+`autograd._engine_run_backward`, and the global forward hooks of nn.Module.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kiem.grad import source
+from kiem.grad.backward import BackwardHooks
+from kiem.grad.custom import wrap_functions
+from kiem.grad.fold import Folder
+from kiem.grad.graph import Failure, Graph, Op, Ref, Storage, Value, small_data, statistics
+from kiem.grad.schema import Signature, signature
+
+MAX_OPS = 200_000
+KEEP_BYTES = 224 << 20
+
+
+class Observer(Protocol):
+    """Looks on while the program runs, with the real tensors at hand."""
+
+    def node_ran(self, recorder: Recorder, step, op: Op | None, node, into: tuple, out: tuple) -> None:
+        """A backward node has run; its saved tensors are still there."""
+
+    def backward_ended(self, recorder: Recorder, call) -> None:
+        """An outermost backward call is over."""
+
+    def folded(self, ops: int, calls: int) -> None:
+        """Operations and calls from these on repeated the step before and are no longer in the graph."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A tensor object (or a place in memory) and the value that it shows at this version of its storage."""
+
+    reference: weakref.ref | None
+    value: int
+    version: int
+
+
+class Recorder(TorchDispatchMode):
+    """`with Recorder() as recorder: ...` fills `recorder.graph`. `library`: path prefixes whose lines are not the user's.
+    `observer` looks on. `keep`: bytes of inputs and gradients that may be held for a later verification (None: no bound)."""
+
+    def __init__(self, library: tuple[str, ...] = (), observer: Observer | None = None, keep: int | None = KEEP_BYTES):
+        super().__init__()
+        self.graph = Graph()
+        self.lines = source.Lines(library)
+        self.modules = source.ModulePaths(self.lines)
+        self.observer = observer
+        self.paused = 0
+        self.parents: list[int] = []  # custom Functions that are running
+        self.by_sequence: dict[int, list[int]] = {}  # number of an autograd node -> operations that may have made it
+        self.kept: dict[int, torch.Tensor] = {}  # inputs of operations, by value
+        self.keep = keep
+        self.kept_all = True
+        self._kept_bytes = 0
+        self._kept_storages: dict[int, set[int]] = {}
+        self._storages: dict[int, tuple[StorageWeakRef, Storage]] = {}
+        self._objects: dict[int, _Seen] = {}
+        self._places: dict[tuple, _Seen] = {}
+        self._leaves: dict[int, tuple[weakref.ref, int]] = {}
+        self._writer: dict[int, tuple[int | None, int | None]] = {}  # storage -> the op and value that changed it last
+        self._last: tuple[Any, ...] = ()
+        self._named: set[tuple[int, int]] = set()
+        self.backward = BackwardHooks(self)
+        self.folder = Folder(self)
+        self._undo: list = []
+
+    # -- entering and leaving ------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Recorder:
+        self.modules.__enter__()
+        self._undo = [wrap_functions(self), self.backward.wrap_engine()]
+        return super().__enter__()
+
+    def __exit__(self, kind, error, trace) -> None:
+        super().__exit__(kind, error, trace)
+        for undo in reversed(self._undo):
+            undo()
+        self.modules.__exit__()
+        self.name_parameters()
+        if error is not None:
+            self.graph.failure = Failure(
+                type(error).__name__, str(error), source.traceback_source(error, self.lines)
+            )
+
+    # -- operations ----------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        sign = signature(func)
+        if self.paused or len(self.graph.ops) >= MAX_OPS:
+            return func(*args, **kwargs)
+        if self.backward.running and not torch.is_grad_enabled():
+            self.backward.kernels.append(str(func))
+            written = [t for _, t in sign.written(args, kwargs)]
+            self._before_write(written)
+            out = func(*args, **kwargs)
+            self._after_write(written, None)
+            return out
+        return self._record(func, sign, args, kwargs)
+
+    def _record(self, func, sign: Signature, args: tuple, kwargs: dict):
+        number = torch._C._autograd._get_sequence_nr()
+        frame, region = self.lines.find(sys._getframe(2))
+        place = (number, id(frame), frame.f_lasti if frame else 0)
+        if sign.detaches and self._last[:3] == place and self.seen(args[0]) == self._last[3]:
+            out = func(*args, **kwargs)  # autograd keeps the result of the operation before
+            self._show(out, self._last[3])
+            return out
+        self.name_locals(frame)
+        tensors = sign.tensors(args, kwargs)
+        inputs = tuple((name, self.value_of(t)) for name, t in tensors)
+        differentiable = torch.is_grad_enabled() and any(t.requires_grad for _, t in tensors)
+        edges = tuple(self.edge(t, v) for (_, t), (_, v) in zip(tensors, inputs, strict=True)) if differentiable else ()
+        self.keep_inputs(tensors, inputs)
+        path, kind = self.modules.current
+        op = Op(
+            index=len(self.graph.ops), name=str(func), kind="op", inputs=inputs, outputs=(),
+            attributes=sign.attributes(args, kwargs), source=source.at(frame), module=path, module_class=kind,
+            parent=self.parents[-1] if self.parents else None, region=region, grad_enabled=torch.is_grad_enabled(),
+            edges=edges, call=(func, self.template(args), self.template(kwargs)),
+        )  # fmt: skip
+        if self.backward.running:
+            op.region = "recomputed"
+        if sign.random and op.attributes.get("dropout_p", 1.0) != 0.0:
+            op.random, op.rng_state = True, _generator_state(tensors, kwargs)
+        written = sign.written(args, kwargs)
+        if differentiable and written and written[0][1]._is_view():
+            op.base = self.value_of(written[0][1]._base)
+            self._keep(op.base, written[0][1]._base)
+        self._before_write([t for _, t in written])
+        self.graph.ops.append(op)
+        try:
+            out = func(*args, **kwargs)
+        except Exception as error:
+            op.error = str(error)
+            raise
+        if differentiable and number > 0:
+            op.sequence = number - 1
+            self.by_sequence.setdefault(number - 1, []).append(op.index)
+        op.mutates = tuple(self._after_write([t for _, t in written], op.index))
+        op.outputs = tuple(self._outputs(out, op, dict(zip(map(id, (t for _, t in written)), op.mutates, strict=True))))
+        self._last = (*place, op.outputs[0] if op.outputs else None)
+        if op.index + 1 == MAX_OPS:
+            self.graph.notes.append(f"Recording ended after {MAX_OPS:,} operations.")
+        return out
+
+    def _outputs(self, out: Any, op: Op, written: dict[int, int]) -> Iterator[int]:
+        inputs = {self.graph.values[v].storage: v for _, v in reversed(op.inputs)}
+        for i, tensor in enumerate(flatten(out)):
+            if id(tensor) in written:
+                yield written[id(tensor)]
+                continue
+            value = self.new_value(tensor, op.index, i)
+            value.base = inputs.get(value.storage)
+            if value.base is not None and self.graph.values[value.base].numel == value.numel:
+                value.stats = self.graph.values[value.base].stats
+            yield value.index
+            if value.stats is None:
+                value.stats = statistics(tensor)
+            value.data = small_data(tensor)
+            if op.random:
+                self._keep(value.index, tensor)
+
+    def template(self, args: Any) -> Any:
+        """The arguments with Ref in place of each tensor."""
+        if isinstance(args, torch.Tensor):
+            return Ref(self.value_of(args))
+        if isinstance(args, list | tuple):
+            return type(args)(self.template(a) for a in args) if type(args) in (list, tuple) else args
+        if isinstance(args, dict):
+            return {k: self.template(v) for k, v in args.items()}
+        return args
+
+    # -- values --------------------------------------------------------------------------------------------------------
+
+    def storage_of(self, tensor: torch.Tensor) -> Storage:
+        """The record of the memory of a tensor. A weak reference keeps its address from being used anew."""
+        try:
+            memory = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # sparse and such
+            self.graph.storages.append(Storage(len(self.graph.storages), 0))
+            return self.graph.storages[-1]
+        known = self._storages.get(memory._cdata)
+        if known is None:
+            known = StorageWeakRef(memory), Storage(len(self.graph.storages), memory.nbytes())
+            self.graph.storages.append(known[1])
+            self._storages[memory._cdata] = known
+        return known[1]
+
+    def seen(self, tensor: torch.Tensor) -> int | None:
+        """The value that a tensor object shows now, if it was seen before."""
+        known = self._objects.get(id(tensor))
+        if known is None or known.reference() is not tensor:
+            return None
+        storage = self.graph.storages[self.graph.values[known.value].storage]
+        return known.value if known.version == storage.version else None
+
+    def value_of(self, tensor: torch.Tensor) -> int:
+        """The value that a tensor shows; made if it was never seen: it came from outside, or through another alias."""
+        index = self.seen(tensor)
+        if index is not None:
+            return index
+        storage = self.storage_of(tensor)
+        known = self._places.get(_place(tensor, storage.index))
+        if known is not None and known.version == storage.version:
+            self._show(tensor, known.value)
+            return known.value
+        writer, written = self._writer.get(storage.index, (None, None))
+        value = self.new_value(tensor, writer, -1 if writer is not None else 0)
+        value.base = written
+        self.describe(value, tensor)
+        return value.index
+
+    def describe(self, value: Value, tensor: torch.Tensor) -> None:
+        """Note what the tensor holds: whole when small, else its statistics."""
+        value.stats, value.data = statistics(tensor), small_data(tensor)
+        value.hooks = tuple(_hook_lines(tensor))
+
+    def new_value(self, tensor: torch.Tensor, producer: int | None, output: int) -> Value:
+        """A new value for what the tensor holds now."""
+        storage = self.storage_of(tensor)
+        strided = tensor.layout == torch.strided
+        value = Value(
+            index=len(self.graph.values), shape=tuple(tensor.shape), dtype=tensor.dtype, device=str(tensor.device),
+            strides=tuple(tensor.stride()) if strided else (), offset=tensor.storage_offset() if strided else 0,
+            storage=storage.index, version=storage.version, requires_grad=tensor.requires_grad,
+            is_leaf=tensor.is_leaf and producer is None, is_parameter=isinstance(tensor, torch.nn.Parameter),
+            producer=producer, output=output,
+        )  # fmt: skip
+        self.graph.values.append(value)
+        self._show(tensor, value.index)
+        return value
+
+    def _show(self, tensor: torch.Tensor, value: int) -> None:
+        storage = self.graph.storages[self.graph.values[value].storage]
+        self._objects[id(tensor)] = _Seen(weakref.ref(tensor), value, storage.version)
+        self._places[_place(tensor, storage.index)] = _Seen(None, value, storage.version)
+
+    def edge(self, tensor: torch.Tensor, value: int) -> tuple:
+        """Where autograd sends the gradient of this tensor: ("leaf", value), (number of a node, its output), or ()."""
+        if not tensor.requires_grad:
+            return ()
+        if tensor.grad_fn is None:
+            return ("leaf", self.leaf_value(tensor, value))
+        return (tensor.grad_fn._sequence_nr(), tensor.output_nr)
+
+    def leaf_value(self, tensor: torch.Tensor, value: int | None = None) -> int:
+        """The first value of a leaf, whatever changed it since."""
+        if value is None:
+            value = self.value_of(tensor)
+        known = self._leaves.get(id(tensor))
+        if known is None or known[0]() is not tensor:
+            self._leaves[id(tensor)] = known = (weakref.ref(tensor), value)
+        return known[1]
+
+    # -- in place ------------------------------------------------------------------------------------------------------
+
+    def _before_write(self, tensors: list[torch.Tensor]) -> None:
+        """What is kept of the memory that is about to change is copied first."""
+        for tensor in tensors:
+            for index in self._kept_storages.pop(self.storage_of(tensor).index, ()):
+                self.kept[index] = self.kept[index].clone()
+
+    def _after_write(self, tensors: list[torch.Tensor], op: int | None) -> list[int]:
+        values = []
+        for tensor in tensors:
+            storage = self.storage_of(tensor)
+            storage.version += 1
+            if op is None:
+                self._writer[storage.index] = (None, None)
+                continue
+            value = self.new_value(tensor, op, 0)
+            value.is_parameter = isinstance(tensor, torch.nn.Parameter)
+            self.describe(value, tensor)
+            self._writer[storage.index] = (op, value.index)
+            values.append(value.index)
+        return values
+
+    # -- evidence ------------------------------------------------------------------------------------------------------
+
+    def keep_inputs(self, tensors: list[tuple[str, torch.Tensor]], inputs: tuple[tuple[str, int], ...]) -> None:
+        """Hold what operations read: verification runs them again."""
+        for (_, tensor), (_, value) in zip(tensors, inputs, strict=True):
+            self._keep(value, tensor)
+
+    def _keep(self, value: int, tensor: torch.Tensor) -> None:
+        if value in self.kept or self.keep == 0:
+            return
+        if not isinstance(tensor, torch.nn.Parameter):
+            self._kept_bytes += self.graph.values[value].nbytes
+        if self.keep is not None and self._kept_bytes > self.keep:
+            self.release(complete=False)
+            self.keep = 0
+            return
+        with torch.no_grad():
+            self.kept[value] = tensor.detach()
+        self._kept_storages.setdefault(self.graph.values[value].storage, set()).add(value)
+
+    def release(self, complete: bool) -> None:
+        """Let go of what was held. `complete`: nothing more is needed; otherwise a later verification is not possible."""
+        self.kept.clear()
+        self._kept_storages.clear()
+        self._kept_bytes = 0
+        self.kept_all = self.kept_all and complete
+
+    def release_done(self, done: set[int]) -> None:
+        """Let go of the inputs of operations whose backward has run; what others of this step still need stays."""
+        waiting = [op for op in self.graph.ops[self.folder.start :] if op.edges and op.index not in done]
+        needed = {v for op in waiting for _, v in op.inputs} | {op.base for op in waiting}
+        self.kept = {v: t for v, t in self.kept.items() if v in needed}
+        self._kept_storages = {s: left for s, kept in self._kept_storages.items() if (left := kept & needed)}
+
+    def hold(self, nbytes: int) -> bool:
+        """Whether so many further bytes may be held for a later verification."""
+        if self.keep is not None:
+            self._kept_bytes += nbytes
+            if self._kept_bytes > self.keep:
+                self.release(complete=False)
+                self.keep = 0
+        return self.keep != 0
+
+    # -- names ---------------------------------------------------------------------------------------------------------
+
+    def name_locals(self, frame) -> None:
+        """Give values the names that the variables of the user's frame have for them."""
+        if frame is None or (id(frame), frame.f_lineno) in self._named:
+            return
+        self._named = {(id(frame), frame.f_lineno)}
+        for name, tensor in list(frame.f_locals.items()):
+            if isinstance(tensor, torch.Tensor) and not name.startswith("__"):
+                index = self.seen(tensor)
+                if index is not None and self.graph.values[index].name is None:
+                    self.graph.values[index].name = name
+
+    def name_parameters(self) -> None:
+        """Parameters and buffers carry their path, whatever variable also shows them."""
+        with self.pause():
+            for name, tensor in self.modules.tensors():
+                known = self._objects.get(id(tensor))
+                if known is not None and known.reference() is tensor:
+                    storage = self.graph.values[known.value].storage
+                    for value in self.graph.values:
+                        if value.storage == storage and (value.is_parameter or value.producer is None):
+                            value.name = name
+
+    def pause(self) -> _Pause:
+        """Within it, nothing is recorded."""
+        return _Pause(self)
+
+    def forget(self, ops: int, values: int, by: int) -> None:
+        """Operations from `ops` on were folded away; values from `values` on are now those `by` earlier."""
+        for known in [*self._objects.values(), *self._places.values()]:
+            if known.value >= values:
+                known.value -= by
+        self._objects = {i: known for i, known in self._objects.items() if known.reference() is not None}
+        self._leaves = {i: (t, v - by if v >= values else v) for i, (t, v) in self._leaves.items() if t() is not None}
+        self.by_sequence = {n: kept for n, made in self.by_sequence.items() if (kept := [i for i in made if i < ops])}
+        self._writer = {s: (None, None) if (v or 0) >= values else (o, v) for s, (o, v) in self._writer.items()}
+        self.kept = {i: t for i, t in self.kept.items() if i < values}
+        self._kept_storages = {s: {i for i in kept if i < values} for s, kept in self._kept_storages.items()}
+        self.backward.evidence = [e for e in self.backward.evidence if e[0].index < len(self.graph.backwards)]
+
+
+class _Pause:
+    def __init__(self, recorder: Recorder):
+        self._recorder = recorder
+
+    def __enter__(self) -> None:
+        self._recorder.paused += 1
+
+    def __exit__(self, *_) -> None:
+        self._recorder.paused -= 1
+
+
+def flatten(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors of nested tuples and lists."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from flatten(part)
+
+
+def _place(tensor: torch.Tensor, storage: int) -> tuple:
+    if tensor.layout != torch.strided:
+        return (storage, id(tensor))
+    return (storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+
+def _generator_state(tensors: list[tuple[str, torch.Tensor]], kwargs: dict) -> torch.Tensor:
+    generator = kwargs.get("generator")
+    if generator is not None:
+        return generator.get_state()
+    device = kwargs.get("device") or (tensors[0][1].device if tensors else torch.device("cpu"))
+    device = torch.device(device)
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _hook_lines(tensor: torch.Tensor) -> Iterator[str]:
+    """Where the functions hung on a tensor are defined."""
+    for hooks in (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)):
+        for hook in (hooks or {}).values():
+            code = getattr(hook, "__code__", None)
+            yield str(source.source_of(code.co_filename, code.co_firstlineno, code.co_qualname)) if code else repr(hook)

@@ -1,0 +1,138 @@
+"""Run recorded operations again, in float64, from the tensors that were recorded.
+
+The dtype of every floating tensor and argument becomes float64, so that what is left of rounding is far below the types of the
+program. Random operations give what they gave; integer and boolean results are those of the recording, so that a comparison
+near zero cannot fall the other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from kiem.grad.graph import Graph, Op, Ref
+
+Tensors = dict[int, torch.Tensor]  # by value
+
+
+class CannotReplay(Exception):
+    """Says why an operation cannot be run again."""
+
+
+def widen(tensor: torch.Tensor) -> torch.Tensor:
+    """float64 or complex128; integers as they are."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _wide_argument(value: Any, tensors: Tensors) -> Any:
+    if isinstance(value, Ref):
+        if value.value not in tensors:
+            raise CannotReplay(f"its input %{value.value} was not kept")
+        return tensors[value.value]
+    if isinstance(value, torch.dtype):
+        return torch.complex128 if value.is_complex else torch.float64 if value.is_floating_point else value
+    if isinstance(value, list | tuple):
+        return type(value)(_wide_argument(v, tensors) for v in value)
+    if isinstance(value, dict):
+        return {k: _wide_argument(v, tensors) for k, v in value.items()}
+    return value
+
+
+def run_op(op: Op, tensors: Tensors, recorded: Tensors, cut: bool = False) -> tuple[torch.Tensor | None, ...]:
+    """One operation on float64 inputs. `recorded`: what the program's own tensors were. `cut`: a detach stays a detach."""
+    func, args, kwargs = op.call
+    if op.random:
+        return _random(op, tensors, recorded)
+    args, kwargs = _wide_argument(args, tensors), _wide_argument(kwargs, tensors)
+    if op.label == "detach" and not cut:
+        return (args[0].view_as(args[0]),)
+    if op.label in ("_softmax", "_log_softmax"):
+        args = (*args[:2], False)
+    if op.label == "_to_copy" and torch.is_tensor(args[0]):
+        return (args[0].clone(),) if args[0].is_floating_point() else (func(*args, **kwargs),)
+    out = func(*args, **kwargs)
+    outputs = tuple(out) if isinstance(out, list | tuple) else (out,)
+    if op.mutates and not any(isinstance(o, torch.Tensor) for o in outputs):
+        outputs = tuple(tensors[v] for v in _written(op))
+    return tuple(
+        recorded.get(v, o) if isinstance(o, torch.Tensor) and not (o.is_floating_point() or o.is_complex()) else o
+        for v, o in zip(op.outputs, (o for o in outputs if isinstance(o, torch.Tensor)), strict=False)
+    )
+
+
+def _written(op: Op) -> list[int]:
+    """Values, before the change, of the arguments that an in-place operation changed."""
+    from kiem.grad.schema import signature
+
+    writes = signature(op.call[0]).writes
+    return [v for name, v in op.inputs if name.split("[")[0] in writes]
+
+
+def _random(op: Op, tensors: Tensors, recorded: Tensors) -> tuple[torch.Tensor | None, ...]:
+    if op.label == "native_dropout":
+        share, kept = op.attributes["p"], recorded.get(op.outputs[1])
+        if kept is None:
+            raise CannotReplay("its mask was not kept")
+        scale = 0.0 if share >= 1 else 1 / (1 - share)
+        return tensors[dict(op.inputs)["input"]] * kept.double() * scale, kept
+    missing = [v for v in op.outputs if v not in recorded]
+    if missing or (op.edges and any(op.edges) and not op.mutates and op.label not in ("bernoulli", "normal", "poisson")):
+        raise CannotReplay("it is random and gives no mask to run it again with")
+    made = tuple(widen(recorded[v]) for v in op.outputs)
+    for value, new in zip(_written(op), made, strict=False):
+        with torch.no_grad():
+            tensors[value].copy_(new)
+        made = tuple(tensors[value] for value in _written(op))
+    return made
+
+
+class Replay:
+    """Operations of a graph as a function of some of their inputs, in float64."""
+
+    def __init__(self, graph: Graph, ops: Iterable[Op], recorded: Tensors, cut: bool):
+        self.graph = graph
+        self.ops = list(ops)
+        self.recorded = recorded
+        self.cut = cut
+
+    def run(self, given: Tensors, noise: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Tensors:
+        """All values, from those `given`; others come from the recording. `noise` is laid on each result."""
+        tensors: Tensors = dict(given)
+        for op in self.ops:
+            for _, value in op.inputs:
+                if value not in tensors:
+                    tensors[value] = self._find(value, tensors)
+            if op.kind == "op":
+                outputs = run_op(op, tensors, self.recorded, self.cut and op.parent is None)
+            else:
+                continue  # its children follow, and its outputs are found through them
+            for value, output in zip(op.outputs, outputs, strict=False):
+                if isinstance(output, torch.Tensor):
+                    if noise is not None and not op.mutates and self.graph.values[value].base is None:
+                        output = noise(output)
+                    tensors[value] = output
+        return tensors
+
+    def _find(self, index: int, tensors: Tensors) -> torch.Tensor:
+        """A value that no operation of this replay made: seen through an alias, handed out by a custom Function, or from outside."""
+        value = self.graph.values[index]
+        if value.producer is not None:
+            producer = self.graph.ops[value.producer]
+            if value.output < 0 and value.base in tensors and tensors[value.base].shape == value.shape:
+                return tensors[value.base]
+            if producer.kind != "op":
+                for other in reversed(self.graph.values[:index]):
+                    if (other.storage, other.version, other.shape, other.offset) == (
+                        value.storage, value.version, value.shape, value.offset) and other.index in tensors:
+                        return tensors[other.index]
+        if index not in self.recorded:
+            raise CannotReplay(f"its input %{index} was not kept")
+        return widen(self.recorded[index]).clone()
+
+    def find(self, index: int, tensors: Tensors) -> torch.Tensor:
+        """A value after `run`."""
+        return tensors[index] if index in tensors else self._find(index, tensors)

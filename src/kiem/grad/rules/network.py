@@ -1,0 +1,288 @@
+"""Derivatives of the parts of networks: softmax, norms, embeddings, losses, pooling, resizing.
+
+x̂ is the input normalised, r = 1 / √(variance + ε); ⟨·⟩ the mean over what is normalised together.
+"""
+
+import torch
+from torch import Tensor
+
+from kiem.grad.rules.table import Call, rule
+
+XY = {"self": "x", "0": "y"}
+NORM = {"input": "x", "weight": "w", "bias": "b", "0": "y"}
+
+# -- softmax -----------------------------------------------------------------------------------------------------------
+
+
+@rule("_softmax", "softmax", "_safe_softmax", forward="y = exp(x) / Σ exp(x)", symbols=XY, self="y · (g − Σ g · y)")
+def softmax(c: Call, g: Tensor):
+    return {"self": c.y * (g - (g * c.y).sum(c["dim"], keepdim=True))}
+
+
+@rule("_log_softmax", "log_softmax", forward="y = x − ln(Σ exp(x))", symbols=XY, self="g − exp(y) · Σ g")
+def log_softmax(c: Call, g: Tensor):
+    return {"self": g - c.y.exp() * g.sum(c["dim"], keepdim=True)}
+
+
+# -- norms -------------------------------------------------------------------------------------------------------------
+
+
+def normalised(x: Tensor, g: Tensor, over: list[int], eps: float) -> tuple[Tensor, Tensor]:
+    """x̂, and the gradient of x for the gradient g of x̂: r · (g − ⟨g⟩ − x̂ · ⟨g · x̂⟩)."""
+    d = x - x.mean(over, keepdim=True)
+    r = ((d * d).mean(over, keepdim=True) + eps).rsqrt()
+    x_hat = d * r
+    return x_hat, r * (g - g.mean(over, keepdim=True) - x_hat * (g * x_hat).mean(over, keepdim=True))
+
+
+@rule("native_layer_norm", forward="y = w · x̂ + b, x̂ = (x − ⟨x⟩) · r", symbols=NORM,
+      input="r · (g·w − ⟨g·w⟩ − x̂ · ⟨g·w · x̂⟩)", weight="Σ g · x̂", bias="Σ g")  # fmt: skip
+def layer_norm(c: Call, g: Tensor):
+    x = c["input"]
+    over = list(range(x.ndim - len(c["normalized_shape"]), x.ndim))
+    x_hat, gx = normalised(x, g * c.get("weight", 1.0), over, c["eps"])
+    return {"input": gx, "weight": g * x_hat, "bias": g}
+
+
+@rule("_fused_rms_norm", "rms_norm", forward="y = w · x · r, r = 1 / √(⟨x²⟩ + ε)", symbols={"input": "x", "weight": "w", "0": "y"},
+      input="r · (g·w − x̂ · ⟨g·w · x̂⟩), x̂ = x · r", weight="Σ g · x̂")  # fmt: skip
+def rms_norm(c: Call, g: Tensor):
+    x = c["input"]
+    over = list(range(x.ndim - len(c["normalized_shape"]), x.ndim))
+    # Without ε the smallest step of the data type is meant, of which only the saved r still tells in another type.
+    eps = torch.finfo(x.dtype).eps if c["eps"] is None else c["eps"]
+    r = c.outputs[1] if c["eps"] is None and len(c.outputs) > 1 else ((x * x).mean(over, keepdim=True) + eps).rsqrt()
+    x_hat, gw = x * r, g * c.get("weight", 1.0)
+    return {"input": r * (gw - x_hat * (gw * x_hat).mean(over, keepdim=True)), "weight": g * x_hat}
+
+
+@rule("native_group_norm", forward="y = w · x̂ + b, normalised in groups of channels", symbols=NORM,
+      input="r · (g·w − ⟨g·w⟩ − x̂ · ⟨g·w · x̂⟩)", weight="Σ g · x̂", bias="Σ g")  # fmt: skip
+def group_norm(c: Call, g: Tensor):
+    x, shape = c["input"], (c["N"], c["group"], -1)
+    w = _by_channel(c["weight"], x) if c["weight"] is not None else 1.0
+    x_hat, gx = normalised(x.reshape(shape), (g * w).reshape(shape), [2], c["eps"])
+    return {"input": gx.reshape(x.shape), **_scale_and_shift(x_hat.reshape(x.shape), g)}
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training",
+      "_batch_norm_with_update", "_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm",
+      forward="y = w · x̂ + b, normalised over the batch (in training) or by the running moments", symbols=NORM,
+      input="r · (g·w − ⟨g·w⟩ − x̂ · ⟨g·w · x̂⟩); by running moments r · g·w", weight="Σ g · x̂", bias="Σ g")  # fmt: skip
+def batch_norm(c: Call, g: Tensor):
+    x, eps = c["input"], c["eps"] if c["eps"] is not None else c["epsilon"]
+    w = _by_channel(c["weight"], x) if c["weight"] is not None else 1.0
+    mean, variance = c["running_mean"], c["running_var"]
+    # Some overloads have no `training`: those that keep running moments up train, those without any have no other.
+    training = c["training"] if c["training"] is not None else c["momentum"] is None or len(c.outputs[1]) > 0
+    if training or mean is None:
+        x_hat, gx = normalised(x, g * w, [0, *range(2, x.ndim)], eps)
+    else:
+        r = _by_channel((variance + eps).rsqrt(), x)
+        x_hat, gx = (x - _by_channel(mean, x)) * r, g * w * r
+    return {"input": gx, **_scale_and_shift(x_hat, g)}
+
+
+def _by_channel(t: Tensor, x: Tensor) -> Tensor:
+    return t.reshape(1, -1, *[1] * (x.ndim - 2))
+
+
+def _scale_and_shift(x_hat: Tensor, g: Tensor) -> dict[str, Tensor]:
+    over = [0, *range(2, g.ndim)]
+    return {"weight": (g * x_hat).sum(over), "bias": g.sum(over)}
+
+
+# -- embedding ---------------------------------------------------------------------------------------------------------
+
+
+@rule("embedding", forward="Y = the rows of W at the indices", symbols={"weight": "W", "0": "Y"},
+      weight="G added at the rows, else 0", kink="the row at padding_idx: 0")  # fmt: skip
+def embedding(c: Call, g: Tensor):
+    w, rows = c["weight"], c["indices"].reshape(-1)
+    g = g.reshape(-1, w.shape[1])
+    if c.get("padding_idx", -1) >= 0:
+        g = torch.where((rows == c["padding_idx"])[:, None], 0.0, g)
+    if c.get("scale_grad_by_freq", False):
+        g = g / rows.bincount(minlength=w.shape[0])[rows][:, None]
+    return {"weight": torch.zeros_like(w).index_add(0, rows, g)}
+
+
+# -- losses ------------------------------------------------------------------------------------------------------------
+
+
+def each(c: Call, g: Tensor, n: int) -> Tensor:
+    """The gradient of one element's loss: g, or g / n where the loss is the mean (reduction 1)."""
+    return g / n if c.get("reduction", 1) == 1 else g
+
+
+@rule("nll_loss_forward", "nll_loss2d_forward", "nll_loss", "nll_loss2d",
+      forward="y = −Σ w[t] · x[t] / Σ w[t], t the target of each row", symbols=XY | {"target": "t", "weight": "w"},
+      self="−g · w[t] / Σ w[t] at t, else 0", kink="rows whose target is ignored: 0")  # fmt: skip
+def nll_loss(c: Call, g: Tensor):
+    """Classes are axis 1 (axis 0 of a vector). Without weights w = 1; reduction sum or none does not divide."""
+    x, t = c["self"], c["target"]
+    if x.ndim == 1:
+        x, t, g = x[None], t.reshape(1), g.reshape(-1) if g.ndim == 0 else g
+    valid = t != c["ignore_index"]
+    at = torch.where(valid, t, 0)
+    w = torch.ones_like(at, dtype=x.dtype) if c["weight"] is None else c["weight"][at]
+    w = torch.where(valid, w, 0.0)
+    found = torch.zeros_like(x).scatter(1, at.unsqueeze(1), (-each(c, g, w.sum()) * w).unsqueeze(1).to(x.dtype))
+    return {"self": found.reshape(c["self"].shape)}
+
+
+def loss(*ops: str, forward: str, derivative: str, slope, kink: str = "", **symbols: str) -> None:
+    """A row for a loss of each pair of elements, their mean, sum or no reduction; slope(call, x − t) is its derivative in x."""
+
+    def vjp(c: Call, g: Tensor):
+        d = c["self"] - c["target"]
+        gx = each(c, g, d.numel()) * slope(c, d)
+        return {"self": gx, "target": -gx}
+
+    rule(*ops, forward=forward, symbols=XY | {"target": "t"} | symbols, kink=kink, self=derivative, target=f"the same with −g: {derivative}")(vjp)
+
+
+loss("mse_loss", forward="y = mean of (x − t)²", derivative="g · 2 · (x − t) / n", slope=lambda c, d: 2 * d)
+loss("l1_loss", forward="y = mean of |x − t|", derivative="g · sign(x − t) / n", slope=lambda c, d: d.sign(), kink="at x = t: 0")
+loss("smooth_l1_loss", forward="y = mean of (x − t)² / (2 · β) where |x − t| < β, else |x − t| − β / 2",
+     derivative="g · (x − t) / (β · n) where |x − t| < β, else g · sign(x − t) / n", beta="β",
+     slope=lambda c, d: torch.where(d.abs() < c["beta"], d / c["beta"], d.sign()) if c["beta"] else d.sign())  # fmt: skip
+loss("huber_loss", forward="y = mean of (x − t)² / 2 where |x − t| < δ, else δ · (|x − t| − δ / 2)",
+     derivative="g · (x − t) / n where |x − t| < δ, else g · δ · sign(x − t) / n", delta="δ",
+     slope=lambda c, d: d.clamp(-c["delta"], c["delta"]))  # fmt: skip
+
+
+@rule("binary_cross_entropy", forward="y = mean of −t · ln(x) − (1 − t) · ln(1 − x)", symbols=XY | {"target": "t"},
+      self="g · (x − t) / (x · (1 − x)) / n", target="g · (ln(1 − x) − ln(x)) / n",
+      kink="at x = 0 and 1, where torch cuts ln at −100 and x · (1 − x) at 1e-12")  # fmt: skip
+def binary_cross_entropy(c: Call, g: Tensor):
+    x, t = c["self"], c["target"]
+    g = each(c, g, x.numel()) * c.get("weight", 1.0)
+    logs = (1 - x).log().clamp(min=-100) - x.log().clamp(min=-100)
+    return {"self": g * (x - t) / (x * (1 - x)).clamp(min=1e-12), "target": g * logs}
+
+
+@rule("binary_cross_entropy_with_logits", forward="y = mean of −t · ln(σ(x)) − (1 − t) · ln(1 − σ(x))",
+      symbols=XY | {"target": "t", "pos_weight": "q"}, self="g · (σ(x) − t) / n; with a weight q of positives "
+      "g · ((1 − t) · σ(x) − q · t · (1 − σ(x))) / n", target="−g · x / n; with q: g · (ln(1 − σ(x)) − q · ln(σ(x))) / n")  # fmt: skip
+def bce_with_logits(c: Call, g: Tensor):
+    x, t, q = c["self"], c["target"], c.get("pos_weight", 1.0)
+    s, g = x.sigmoid(), each(c, g, x.numel()) * c.get("weight", 1.0)
+    log_s = torch.minimum(x, torch.zeros_like(x)) - torch.log1p((-x.abs()).exp())
+    return {"self": g * ((1 - t) * s - q * t * (1 - s)), "target": g * ((log_s - x) - q * log_s)}
+
+
+@rule("soft_margin_loss", forward="y = mean of ln(1 + exp(−t · x))", symbols=XY | {"target": "t"}, self="−g · t · σ(−t · x) / n")
+def soft_margin(c: Call, g: Tensor):
+    x, t = c["self"], c["target"]
+    return {"self": -each(c, g, x.numel()) * t * (-t * x).sigmoid()}
+
+
+@rule("multi_margin_loss", forward="y = mean over rows of Σ max(0, m − x[t] + x[j])^p / classes over j ≠ t",
+      symbols=XY | {"target": "t", "margin": "m", "p": "p"}, self="g · p · max(0, …)^(p − 1) / classes for j; minus their sum for t",
+      kink="where m − x[t] + x[j] = 0: 0")  # fmt: skip
+def multi_margin(c: Call, g: Tensor):
+    x, t, p, m = c["self"], c["target"].reshape(-1, 1), c.get("p", 1), c.get("margin", 1)
+    x = x.reshape(t.shape[0], -1)
+    z = m - x.gather(1, t) + x
+    slope = torch.where(z > 0, p * z.clamp(min=0) ** (p - 1), 0.0) / x.shape[1]
+    if c["weight"] is not None:
+        slope = slope * c["weight"][t]
+    slope = slope.scatter(1, t, 0.0)
+    slope = slope.scatter(1, t, -slope.sum(1, keepdim=True))
+    return {"self": (each(c, g, x.shape[0]).reshape(-1, 1) * slope).reshape(c["self"].shape)}
+
+
+# -- pooling and resizing ----------------------------------------------------------------------------------------------
+
+
+@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d",
+      forward="y = the largest x of each window", symbols=XY, self="Σ g of the windows whose largest it is",
+      kink="several equal: the one at the index returned")  # fmt: skip
+def max_pool(c: Call, g: Tensor):
+    x, n = c["self"], len(c.get("kernel_size", c.get("output_size", [])))
+    flat = torch.zeros_like(x).flatten(-n)
+    return {"self": flat.scatter_add(-1, c.outputs[1].flatten(-n), g.flatten(-n)).reshape(x.shape)}
+
+
+def separable(g: Tensor, weights: list[Tensor]) -> Tensor:
+    """Pooling and resizing are one matrix per axis (out, in), y = W₁ x W₂ᵀ: the gradient is W₁ᵀ g W₂."""
+    for i, w in enumerate(weights):
+        axis = g.ndim - len(weights) + i
+        g = (g.movedim(axis, -1) @ w.to(g)).movedim(-1, axis)
+    return g
+
+
+@rule("avg_pool2d", "avg_pool3d", forward="y = mean of each window", symbols=XY, self="Σ g / k over the windows x[i] is in")
+def avg_pool(c: Call, g: Tensor):
+    x, kernel = c["self"], c["kernel_size"]
+    n = 3 if x.ndim == 5 or len(kernel) == 3 else 2
+    kernel, stride, padding = (list(v) * (1 if len(v) == n else n) for v in (kernel, c.get("stride", []) or kernel, c.get("padding", [0])))
+    weights, sizes = [], []
+    for k, s, p, size, out in zip(kernel, stride, padding, x.shape[-n:], g.shape[-n:], strict=True):
+        start = torch.arange(out, device=g.device)[:, None] * s - p
+        stop = (start + k).clamp(max=size + p)
+        at = torch.arange(size, device=g.device)
+        weights.append(((at >= start) & (at < stop)).to(g.dtype))
+        inside = stop.clamp(max=size) - start.clamp(min=0)
+        sizes.append((stop - start if c.get("count_include_pad", True) else inside)[:, 0])
+    if c["divisor_override"] is not None:
+        g = g / c["divisor_override"]
+    else:
+        for i, size in enumerate(sizes):
+            g = g / size.to(g.dtype).reshape(-1, *[1] * (n - 1 - i))
+    return {"self": separable(g, weights)}
+
+
+@rule("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", forward="y = mean of each window", symbols=XY,
+      self="Σ g / k over the windows x[i] is in")  # fmt: skip
+def adaptive_avg_pool(c: Call, g: Tensor):
+    weights = []
+    for out, size in zip(c["output_size"], c["self"].shape[-len(c["output_size"]) :], strict=True):
+        at, i = torch.arange(size, device=g.device), torch.arange(out, device=g.device)[:, None]
+        start, stop = i * size // out, -((-(i + 1) * size) // out)
+        weights.append(((at >= start) & (at < stop)).to(g.dtype) / (stop - start))
+    return {"self": separable(g, weights)}
+
+
+def nearest(shift: float, *ops: str) -> None:
+    """Rows for resizing by copies: y[i] = x[⌊(i + shift) · scale⌋]. torch multiplies in float32, which decides at the borders."""
+
+    def vjp(c: Call, g: Tensor):
+        weights = []
+        for out, size, scale in _resized(c, g):
+            at = ((torch.arange(out, dtype=torch.float32) + shift) * torch.tensor(scale, dtype=torch.float32)).floor()
+            weights.append(torch.eye(size, dtype=g.dtype)[at.long().clamp(max=size - 1)])
+        return {"self": separable(g, weights)}
+
+    rule(*ops, forward="y = the nearest x", symbols=XY, self="Σ g over the copies of x[i]")(vjp)
+
+
+nearest(0.0, "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d")
+nearest(0.5, "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
+
+
+@rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", forward="y = x between its neighbours, weighted by nearness",
+      symbols=XY, self="Σ g · weight over the y that x[i] is part of")  # fmt: skip
+def linear_resize(c: Call, g: Tensor):
+    weights = []
+    for out, size, scale in _resized(c, g):
+        i = torch.arange(out, dtype=g.dtype, device=g.device)
+        if c["align_corners"]:
+            position = i * ((size - 1) / (out - 1) if out > 1 else 0.0)
+        else:
+            position = ((i + 0.5) * scale - 0.5).clamp(min=0)
+        low = position.floor().clamp(max=size - 1)
+        part = (position - low)[:, None]
+        first, second = (torch.eye(size, dtype=g.dtype, device=g.device)[j.long()] for j in (low, (low + 1).clamp(max=size - 1)))
+        weights.append((1 - part) * first + part * second)
+    return {"self": separable(g, weights)}
+
+
+def _resized(c: Call, g: Tensor):
+    """Per axis: size of the output, of the input, and input steps per output step."""
+    n = g.ndim - 2
+    names = {1: ["scales"], 2: ["scales_h", "scales_w"], 3: ["scales_d", "scales_h", "scales_w"]}[n]
+    given = c.get("scale_factors", [c[name] for name in names])
+    for out, size, scale in zip(g.shape[-n:], c["self"].shape[-n:], given, strict=True):
+        yield out, size, 1 / scale if scale is not None and scale > 0 else size / out

@@ -1,0 +1,71 @@
+"""What the schema of an operation says of its arguments."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kiem.grad.graph import plain
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """`names`: arguments in order; `writes`: those that are changed in place; `defaults`: what is not given."""
+
+    names: tuple[str, ...]
+    writes: frozenset[str]
+    defaults: tuple[tuple[str, Any], ...]
+    random: bool
+    detaches: bool
+
+    def bound(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """Arguments by name, in the order of the schema."""
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        return {name: given[name] for name in self.names if name in given}
+
+    def tensors(self, args: tuple, kwargs: dict) -> list[tuple[str, torch.Tensor]]:
+        """Tensor arguments: `self`, `other`, `tensors[0]`, ..."""
+        found = []
+        for name, value in self.bound(args, kwargs).items():
+            if isinstance(value, torch.Tensor):
+                found.append((name, value))
+            elif isinstance(value, list | tuple):
+                found += [(f"{name}[{i}]", v) for i, v in enumerate(value) if isinstance(v, torch.Tensor)]
+        return found
+
+    def written(self, args: tuple, kwargs: dict) -> list[tuple[str, torch.Tensor]]:
+        """Tensors that the operation changes."""
+        if not self.writes:
+            return []
+        return [(name, t) for name, t in self.tensors(args, kwargs) if name.split("[")[0] in self.writes]
+
+    def attributes(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """Arguments that are not tensors, with defaults filled in."""
+        bound = dict(self.defaults) | self.bound(args, kwargs)
+        return {
+            name: value
+            for name, value in bound.items()
+            if not isinstance(value, torch.Tensor)
+            and not (isinstance(value, list | tuple) and any(isinstance(v, torch.Tensor) for v in value))
+        }
+
+
+@functools.lru_cache(maxsize=4096)
+def signature(func: Any) -> Signature:
+    """Of an overload such as torch.ops.aten.mul.Tensor."""
+    arguments = func._schema.arguments
+    return Signature(
+        names=tuple(a.name for a in arguments),
+        writes=frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write),
+        defaults=tuple((a.name, a.default_value) for a in arguments if a.has_default_value()),
+        random=torch.Tag.nondeterministic_seeded in func.tags,
+        detaches=func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default),
+    )
+
+
+def shown(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Attributes for people: those that are not None, as JSON."""
+    return {name: plain(value) for name, value in attributes.items() if value is not None}

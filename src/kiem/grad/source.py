@@ -1,0 +1,160 @@
+"""Where in the user's program something happens: lines, names of tensors, paths of modules."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import os
+import sys
+import sysconfig
+import weakref
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+
+from kiem.grad.graph import Source
+
+_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_STANDARD = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
+_SITE = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
+# A line of one of these files above an operation says what the operation is part of.
+_REGIONS = {
+    os.path.join(_TORCH, "utils", "checkpoint.py"): "checkpoint",
+    os.path.join(_TORCH, "optim", "optimizer.py"): "optimizer",
+}
+
+
+class Lines:
+    """Finds the user's line on the stack. `library`: further path prefixes that are not the user's."""
+
+    def __init__(self, library: tuple[str, ...] = ()):
+        self._library = tuple(os.path.join(os.path.abspath(p), "") for p in library)
+        self._kinds: dict[str, str] = {}
+
+    def _kind(self, file: str) -> str:
+        kind = self._kinds.get(file)
+        if kind is None:
+            if file in _REGIONS:
+                kind = _REGIONS[file]
+            elif file.startswith((_OWN, _TORCH, "<frozen", "<string>", "<torch")) or file.startswith(self._library or ("\0",)):
+                kind = "library"
+            elif file.startswith(_STANDARD) and not file.startswith(_SITE):
+                kind = "library"
+            else:
+                kind = "user"
+            self._kinds[file] = kind
+        return kind
+
+    def find(self, frame: FrameType | None) -> tuple[FrameType | None, str]:
+        """The innermost frame of the user's code, and the region of torch that called the operation, if any."""
+        region = ""
+        while frame is not None:
+            kind = self._kind(frame.f_code.co_filename)
+            if kind == "user":
+                return frame, region
+            if kind != "library":
+                region = region or kind
+            frame = frame.f_back
+        return None, region
+
+    def inside_checkpoint(self, frame: FrameType | None) -> bool:
+        """Whether torch's checkpointing is on the stack."""
+        while frame is not None:
+            if self._kind(frame.f_code.co_filename) == "checkpoint":
+                return True
+            frame = frame.f_back
+        return False
+
+
+@functools.lru_cache(maxsize=65536)
+def source_of(code_file: str, line: int, function: str) -> Source:
+    """A Source with the text of its line. The file is named relative to the working folder where that is shorter."""
+    text = linecache.getline(code_file, line).strip()
+    name = code_file
+    if os.path.isabs(code_file):
+        relative = os.path.relpath(code_file) if os.path.splitdrive(code_file)[0] == os.path.splitdrive(os.getcwd())[0] else ""
+        name = relative if relative and not relative.startswith(os.pardir) else code_file
+    return Source(name, line, function, text)
+
+
+def here(lines: Lines, frame: FrameType | None) -> Source:
+    """The user's line above `frame`."""
+    found, _ = lines.find(frame)
+    return at(found)
+
+
+def at(frame: FrameType | None) -> Source:
+    """The line that a frame executes."""
+    if frame is None:
+        return Source("<unknown>", 0, "", "")
+    return source_of(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
+
+
+def traceback_source(error: BaseException, lines: Lines) -> Source | None:
+    """The innermost line of the user's code in an exception's traceback."""
+    found, step = None, error.__traceback__
+    while step is not None:
+        frame = step.tb_frame
+        if lines.find(frame)[0] is frame:
+            found = source_of(frame.f_code.co_filename, step.tb_lineno, frame.f_code.co_qualname)
+        step = step.tb_next
+    return found
+
+
+class ModulePaths:
+    """Which nn.Module is running, by its path from the outermost one, and the names of all parameters seen."""
+
+    def __init__(self, lines: Lines):
+        self._lines = lines
+        self._stack: list[tuple[str, str]] = []
+        self._paths: dict[int, tuple[weakref.ref, str]] = {}
+        self._roots: weakref.WeakSet = weakref.WeakSet()
+        self._handles: list = []
+
+    def __enter__(self) -> ModulePaths:
+        hooks = torch.nn.modules.module
+        self._handles = [
+            hooks.register_module_forward_pre_hook(self._enter),
+            hooks.register_module_forward_hook(self._leave, always_call=True),
+        ]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def current(self) -> tuple[str, str]:
+        """Path and class of the innermost running module; two empty texts outside of any."""
+        return self._stack[-1] if self._stack else ("", "")
+
+    def _enter(self, module: torch.nn.Module, _inputs) -> None:
+        if not self._stack and module not in self._roots:
+            self._name_root(module)
+        known = self._paths.get(id(module))
+        path = known[1] if known is not None and known[0]() is module else type(module).__name__
+        self._stack.append((path, type(module).__name__))
+
+    def _leave(self, _module, _inputs, _output) -> None:
+        if self._stack:
+            self._stack.pop()
+
+    def _name_root(self, module: torch.nn.Module) -> None:
+        self._roots.add(module)
+        frame, _ = self._lines.find(sys._getframe(2))
+        known = self._paths.get(id(module))
+        if known is not None and known[0]() is module:
+            return
+        name = next((n for n, v in (frame.f_locals if frame else {}).items() if v is module and n != "self"), None)
+        name = name or type(module).__name__
+        for path, child in module.named_modules():
+            self._paths[id(child)] = (weakref.ref(child), f"{name}.{path}" if path else name)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and buffers of every outermost module that ran, each under its first name."""
+        for root in list(self._roots):
+            name = self._paths[id(root)][1]
+            for path, tensor in [*root.named_parameters(), *root.named_buffers()]:
+                yield f"{name}.{path}", tensor

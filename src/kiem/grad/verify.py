@@ -1,0 +1,112 @@
+"""Hold every gradient of a running program against mathematics, while it runs and its tensors are still there."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from kiem.grad.check import InputVerdict, Verdict, check
+from kiem.grad.graph import BackwardCall, Graph, Op, Step
+from kiem.grad.whole import whole_verdicts
+
+if TYPE_CHECKING:
+    from kiem.grad.record import Recorder
+
+PASSES = 3  # of a step of a loop that repeats
+
+
+@dataclass
+class Result:
+    """What verification found: verdicts per operation in the order of backward, per leaf end to end, and what was not checked."""
+
+    verdicts: list[Verdict] = field(default_factory=list)
+    parameters: list[tuple[int, InputVerdict]] = field(default_factory=list)  # backward call, verdict
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def wrong(self) -> list[Verdict]:
+        """Operations with a wrong gradient, the first that backward came to first."""
+        return [v for v in self.verdicts if v.verdict == "wrong"]
+
+    @property
+    def wrong_parameters(self) -> list[InputVerdict]:
+        """Leaves whose whole gradient is wrong."""
+        return [v for _, v in self.parameters if v.verdict == "wrong"]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong, and something was checked."""
+        return not self.wrong and not self.wrong_parameters and any(v.verdict in ("ok", "kink") for v in self.verdicts)
+
+
+class Verifier:
+    """An observer of a Recorder. `result` fills as the program runs."""
+
+    def __init__(self, end_to_end: bool = True):
+        self.result = Result()
+        self._end_to_end = end_to_end
+        self._leaves: dict[tuple[int, int], torch.Tensor] = {}
+        self._roots: dict[tuple[int, tuple], torch.Tensor] = {}
+        self._done: set[int] = set()
+        self._passes: dict[tuple, int] = {}
+
+    def node_ran(self, recorder: Recorder, step: Step, op: Op | None, node, into: tuple, out: tuple) -> None:
+        """Check the node at once: what its backward saved is as it was."""
+        call = recorder.backward.current
+        if step.leaf is not None:
+            if into[0] is not None:
+                self._leaves[call.index, step.leaf] = into[0]
+            return
+        for position, grad in enumerate(into):
+            if grad is not None and (step.key[0], position) in call.root_keys:
+                self._roots[call.index, (step.key[0], position)] = grad
+        if op is None:
+            self._note(f"{node.name()}: made by no recorded operation; not checked by itself")
+            return
+        self._done.add(op.index)
+        place = (op.name, op.source, op.module, tuple(recorder.graph.values[v].shape for _, v in op.inputs))
+        self._passes[place] = self._passes.get(place, 0) + 1
+        if recorder.graph.repeats and recorder.graph.repeats[-1].times > PASSES:
+            return
+        began = time.perf_counter()
+        self.result.verdicts.append(check_safely(recorder.graph, op, step, recorder.kept, into, out))
+        self.result.verdicts[-1].backward = call.index
+        self.result.seconds += time.perf_counter() - began
+
+    def backward_ended(self, recorder: Recorder, call: BackwardCall) -> None:
+        """Check whole gradients; let go of what is no longer needed."""
+        if self._end_to_end and not recorder.folder.repeats_now():
+            began = time.perf_counter()
+            leaves = {leaf: grad for (index, leaf), grad in self._leaves.items() if index == call.index}
+            roots = {key: grad for (index, key), grad in self._roots.items() if index == call.index}
+            verdicts, notes = whole_verdicts(recorder.graph, call, recorder.kept, leaves, roots, recorder.folder.start)
+            self.result.parameters += [(call.index, v) for v in verdicts]
+            for note in notes:
+                self._note(note)
+            self.result.seconds += time.perf_counter() - began
+        self._leaves.clear()
+        self._roots.clear()
+        if not call.retained:
+            recorder.release_done(self._done)
+
+    def folded(self, ops: int, calls: int) -> None:
+        """The last step repeats the one before: only what was wrong in it stays."""
+        self.result.verdicts = [v for v in self.result.verdicts if v.op < ops or v.verdict == "wrong"]
+        self.result.parameters = [p for p in self.result.parameters if p[0] < calls or p[1].verdict == "wrong"]
+
+    def _note(self, note: str) -> None:
+        if note not in self.result.notes:
+            self.result.notes.append(note)
+
+
+def check_safely(graph: Graph, op: Op, step: Step, recorded: dict, into: tuple, out: tuple) -> Verdict:
+    """The verdict on one operation; what cannot be checked is said, and never ends the user's program."""
+    try:
+        return check(graph, op, step, recorded, into, out)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        return Verdict(op.index, "unchecked", f"could not be checked: {reason}")

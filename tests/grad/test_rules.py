@@ -1,0 +1,286 @@
+"""Every row of the table of derivatives against autograd and against difference quotients, in float64."""
+
+# ruff: noqa: E501  (a table of cases)
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from kiem.grad.rules import RULES, Call, find, formula, local_derivative, substituted
+from kiem.grad.rules.table import find_key
+from kiem.grad.schema import signature
+
+aten = torch.ops.aten
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def x(*shape, low=None, high=None):
+    """Normal numbers, or uniform ones from low to high."""
+    t = torch.randn(shape, generator=GENERATOR, dtype=torch.float64)
+    return t if low is None else low + (high - low) * torch.rand(shape, generator=GENERATOR, dtype=torch.float64)
+
+
+def pos(*shape):
+    return x(*shape, low=0.3, high=2.0)
+
+
+def unit(*shape):
+    return x(*shape, low=0.1, high=0.9)
+
+
+def ints(*shape, below):
+    return torch.randint(0, below, shape, generator=GENERATOR)
+
+
+def mask(*shape):
+    return torch.rand(shape, generator=GENERATOR) > 0.5
+
+
+class fixed:
+    """A floating-point tensor that is no variable here: running moments, a target's weights, what torch does not differentiate."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def away(*shape, points=(0.0,)):
+    """Numbers not near the points, where there is no derivative."""
+    t = 2 * x(*shape)
+    for p in points:
+        t = torch.where((t - p).abs() < 0.1, t + 0.3, t)
+    return t
+
+
+BATCH_NORM = (fixed(torch.zeros(3).double()), fixed(torch.ones(3).double() * 0.7))
+SDPA = (x(2, 4, 5, 3), x(2, 2, 5, 3), x(2, 2, 5, 3))
+SAME = (x(2, 2, 4, 3), x(2, 2, 5, 3), x(2, 2, 5, 3))
+
+
+def sdpa(q, k, v, *_, attn_mask=None, attn_bias=None, is_causal=False, scale=None, **__):
+    """The definition, for kernels that this machine has not."""
+    scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:]).tril().bool(), -torch.inf)
+    return (scores + (0 if attn_bias is None else attn_bias)).softmax(-1) @ v
+
+
+def batch_norm(input, weight, bias, running_mean, running_var, *_, **__):
+    return F.batch_norm(input, None, None, weight, bias, True, 0.1, 1e-5)
+
+
+# operation, arguments, keyword arguments, and instead of the operation a function where this machine cannot run it
+CASES = [
+    # pointwise: two arguments, with numbers and broadcasting
+    *((op, (x(2, 3), pos(*shape))) for op in ("add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "atan2", "hypot", "logaddexp", "maximum", "minimum") for shape in ((2, 3), (3,), (2, 1), ())),
+    *((op, (x(2, 3), 1.7)) for op in ("add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "add.Scalar", "sub.Scalar", "mul.Scalar", "div.Scalar", "rsub.Scalar")),
+    ("add.Tensor", (x(0, 3), x(3))), ("mul.Tensor", (x(2, 3), mask(3))), ("mul.Tensor", (ints(3, below=4), x(3))),
+    ("add.Tensor", (x(3), x(2, 3)), {"alpha": 2.5}), ("sub.Tensor", (x(3), x(2, 3)), {"alpha": 2.5}), ("rsub.Tensor", (x(3), x(2, 1)), {"alpha": 2}),
+    ("add_.Tensor", (x(2, 3), x(3))), ("mul_.Tensor", (x(2, 3), x(3))), ("div_.Tensor", (x(2, 3), pos(3))), ("sub_.Tensor", (x(2, 3), x(1))),
+    ("div.Tensor_mode", (x(3), pos(3)), {"rounding_mode": None}), ("div.Tensor_mode", (x(3) * 9, pos(3)), {"rounding_mode": "floor"}),
+    ("div.Scalar_mode", (x(3) * 9, 2.0), {"rounding_mode": "trunc"}),
+    *(("pow.Tensor_Scalar", (pos(3), p)) for p in (2, 3.5, -1, 0, 0.5, 1)), ("pow.Tensor_Scalar", (x(3), 2)), ("pow.Tensor_Tensor", (pos(2, 3), x(3))),
+    ("pow.Scalar", (1.7, x(3))), ("pow.Tensor_Tensor", (pos(3), ints(3, below=3))),
+    ("addcmul", (x(2, 3), x(3), x(2, 1)), {"value": 0.7}), ("addcdiv", (x(2, 3), x(3), pos(2, 1)), {"value": 0.7}),
+    ("lerp.Scalar", (x(2, 3), x(3), 0.3)), ("lerp.Tensor", (x(2, 3), x(3), unit(2, 1))),
+    ("fmod.Scalar", (x(5) * 4, 1.3)), ("fmod.Tensor", (torch.tensor([5.1, -4.2]).double(), torch.tensor([1.5, 1.1]).double())), ("remainder.Scalar", (x(5) * 4, 1.3)),
+    ("remainder.Tensor", (torch.tensor([5.1, -4.2]).double(), torch.tensor([1.5, 1.1]).double())), ("xlogy.Tensor", (x(3), pos(3))), ("xlogy.Scalar_Other", (x(3), 1.5)),
+    # pointwise: one argument
+    *((op, (x(2, 3),)) for op in "neg exp exp2 expm1 sin cos tanh sinh cosh asinh atan erf erfc sigmoid silu mish square positive log_sigmoid_forward frac".split()),
+    *((op, (x(),)) for op in ("exp", "sigmoid", "tanh")),
+    *((op, (pos(2, 3),)) for op in "log log2 log10 log1p sqrt rsqrt reciprocal lgamma".split()),
+    *((op, (unit(2, 3),)) for op in "tan asin acos atanh erfinv logit".split()), ("acosh", (pos(3) + 1,)),
+    *((op, (away(2, 3),)) for op in "abs relu sign floor ceil round trunc nan_to_num".split()),
+    ("relu_", (away(4),)), ("hardswish", (away(9, points=(-3, 3)),)), ("hardsigmoid", (away(9, points=(-3, 3)),)),
+    ("gelu", (x(2, 3),)), ("gelu", (x(2, 3),), {"approximate": "tanh"}), ("softplus", (x(6), 2.0, 1.0)), ("softplus", (x(6),)),
+    ("leaky_relu", (away(5), 0.2)), ("_prelu_kernel", (away(2, 3), x(1, 3))), ("elu", (away(6), 1.6, 1.05, 0.8)), ("elu", (away(6),)), ("celu", (away(6), 1.5)),
+    ("hardtanh", (away(9, points=(-1, 1)),)), ("softshrink", (away(9, points=(-0.5, 0.5)),)), ("hardshrink", (away(9, points=(-0.5, 0.5)),)),
+    ("threshold", (away(9, points=(0.4,)), 0.4, 7.0)), ("glu", (x(2, 4, 3), 1)), ("glu", (x(2, 4),)),
+    ("clamp", (away(9, points=(-1, 1)), -1, 1)), ("clamp", (away(9, points=(1,)), None, 1)), ("clamp.Tensor", (x(9), x(9) - 1, x(1) + 1)), ("clamp.Tensor", (x(9), x(9), x(9))),
+    ("clamp_min", (away(9), 0)), ("clamp_min.Tensor", (x(2, 3), x(3))), ("clamp_max", (away(9), 0)), ("clamp_max.Tensor", (x(2, 3), x(3))),
+    ("where.self", (mask(2, 3), x(2, 3), x(3))), ("where.self", (mask(2, 3), x(), x(3))),
+    ("masked_fill.Scalar", (x(2, 3), mask(3), 7.0)), ("masked_fill.Tensor", (x(2, 3), mask(2, 3), x())), ("masked_fill_.Scalar", (x(2, 3), mask(2, 1), -math.inf)),
+    ("native_dropout", (x(4, 5), 0.3, True)),  # compared with its own mask
+    # reductions
+    *((op, (x(2, 3, 4),)) for op in "sum mean max min median prod".split()),
+    *((op, (x(2, 3, 4), dim, keep)) for op in ("sum.dim_IntList", "mean.dim") for dim, keep in (([1], False), ([-1], True), ([0, 2], False), (None, False), ([], True))),
+    *((op, (x(2, 3, 4), dim, keep)) for op in ("amax", "amin", "logsumexp") for dim, keep in (([1], False), ([-1, 0], True))), ("amin", (x(3),)),
+    ("sum", (x(),)), ("mean", (x(),)), ("sum.dim_IntList", (x(0, 3), [0])), ("sum", (x(0),)),
+    ("aminmax", (x(2, 3),), {"dim": 1}), ("aminmax", (x(2, 3),), {}),
+    *((op, (x(2, 3, 4), dim, keep)) for op in ("max.dim", "min.dim", "median.dim") for dim, keep in ((1, False), (-1, True))),
+    ("kthvalue", (x(2, 5), 2)), ("mode", (x(2, 5), 1)), ("max.dim", (x(), 0)), ("sort", (x(2, 5), 0)), ("sort.stable", (x(2, 5),), {"stable": True}), ("topk", (x(2, 5), 3)),
+    *((op, (x(2, 3, 4), dim), {"correction": k, "keepdim": keep}) for op in ("var.correction", "std.correction", "var_mean.correction", "std_mean.correction") for dim, k, keep in (([1], 1, False), ([0, 2], 0, True), (None, 1, False))),
+    ("var", (x(5), False)), ("std", (x(5), True)), ("prod.dim_int", (x(2, 3), 1)), ("prod.dim_int", (torch.tensor([[0.0, 2, 3], [0, 0, 1]]).double(), -1, True)), ("prod", (torch.tensor([0.0, 2, 3]).double(),)),
+    ("cumsum", (x(2, 3), 1)), ("cumsum", (x(2, 3), -2)), ("cumprod", (x(2, 3), 1)), ("cumprod", (torch.tensor([1.5, 0, 3, 0]).double(), 0)), ("logcumsumexp", (x(2, 4), 1)),
+    *(("linalg_vector_norm", (away(2, 3), p, dim, keep)) for p in (1, 2, 3, math.inf) for dim, keep in ((None, False), ([1], True))), ("linalg_vector_norm", (x(3), 0)), ("linalg_vector_norm", (x(3),)),
+    ("norm.Scalar", (x(2, 3),)), ("norm.ScalarOpt_dim", (x(2, 3), 2, [1], True)), ("trace", (x(3, 4),)),
+    # matrices
+    ("mm", (x(2, 3), x(3, 4))), ("mm", (x(0, 3), x(3, 4))), ("bmm", (x(5, 2, 3), x(5, 3, 4))),
+    ("addmm", (x(4), x(2, 3), x(3, 4))), ("addmm", (x(2, 1), x(2, 3), x(3, 4)), {"beta": 0.5, "alpha": 2}), ("addmm_", (x(2, 4), x(2, 3), x(3, 4))),
+    ("baddbmm", (x(5, 1, 4), x(5, 2, 3), x(5, 3, 4)), {"alpha": 0.3}), ("addbmm", (x(2, 4), x(5, 2, 3), x(5, 3, 4)), {"beta": 2, "alpha": 0.3}),
+    ("dot", (x(3), x(3))), ("vdot", (x(3), x(3))), ("mv", (x(2, 3), x(3))), ("addmv", (x(2), x(2, 3), x(3)), {"beta": 2, "alpha": 3}), ("addr", (x(2, 3), x(2), x(3)), {"alpha": 3}),
+    ("linear", (x(5, 2, 3), x(4, 3), x(4))), ("linear", (x(3), x(4, 3))), 
+    *(("matmul", (x(*a), x(*b))) for a, b in (((3,), (3,)), ((2, 3), (3,)), ((3,), (3, 2)), ((5, 2, 3), (3, 4)), ((5, 1, 2, 3), (6, 3, 4)), ((3,), (5, 3, 2)), ((5, 2, 3), (3,)))),
+    ("_trilinear", (x(5, 2), x(4, 2, 3), x(5, 3), [1, 3], [0], [1, 2], [2, 3])),
+    ("convolution", (x(2, 4, 9), x(6, 4, 3), x(6), [1], [0], [1], False, [0], 1)),
+    ("convolution", (x(2, 4, 9, 8), x(6, 2, 3, 2), x(6), [2, 3], [1, 2], [2, 1], False, [0, 0], 2)),
+    ("convolution", (x(2, 4, 5), x(4, 3, 3), x(6), [2], [1], [1], True, [1], 2)), ("convolution", (x(2, 4, 5, 4), x(4, 3, 3, 2), None, [1, 2], [0, 1], [2, 1], True, [0, 1], 1)),
+    ("convolution", (x(1, 2, 4, 3, 3), x(2, 2, 2, 2, 2), None, [1, 1, 1], [1, 0, 0], [1, 1, 1], False, [0, 0, 0], 1)),
+    ("_convolution", (x(2, 4, 9), x(4, 1, 3), x(4), [2], [1], [1], False, [0], 4, False, False, False, False)),
+    ("linalg_inv_ex", (x(2, 3, 3) + 3 * torch.eye(3),)), ("_linalg_det", (x(2, 3, 3),)), ("_linalg_slogdet", (x(2, 3, 3),)),
+    ("_linalg_solve_ex", (x(3, 3) + 3 * torch.eye(3), x(3))), ("_linalg_solve_ex", (x(2, 3, 3) + 3 * torch.eye(3), x(2, 3, 4))), ("_linalg_solve_ex", (x(3, 3) + 3 * torch.eye(3), x(4, 3)), {"left": False}),
+    ("linalg_cross", (x(2, 3), x(2, 3))), *(("_cdist_forward", (x(2, 4, 3), x(2, 5, 3), p, 2 if p != 2 else None)) for p in (1.0, 2.0, 3.0)),
+    ("linalg_cholesky_ex", (x(3, 3),), {}, lambda a: torch.linalg.cholesky((a + a.mT) / 2 + 9 * torch.eye(3))),
+    # shapes
+    ("view", (x(2, 6), [3, 4])), ("_unsafe_view", (x(2, 6), [3, -1])), ("reshape", (x(2, 6), [12])), ("_reshape_alias", (x(2, 6), [3, 4], [4, 1])),
+    ("unsqueeze", (x(2, 3), -1)), ("squeeze", (x(1, 3, 1),)), ("squeeze.dim", (x(1, 3), 0)), ("squeeze.dims", (x(1, 3, 1), [0, 2])), ("flatten.using_ints", (x(2, 3),)), ("unflatten.int", (x(6), 0, [2, 3])),
+    ("clone", (x(2, 3),)), ("contiguous", (x(2, 3).mT,)), ("alias", (x(3),)), ("_to_copy", (x(3),)), ("to.dtype", (x(3), torch.float64)), ("lift_fresh", (x(3),)), 
+    ("expand", (x(3, 1), [2, 3, 4])), ("expand", (x(), [2])), ("t", (x(2, 3),)), ("t", (x(2),)), ("numpy_T", (x(2, 3, 4),)), ("transpose.int", (x(2, 3, 4), 0, -1)), ("permute", (x(2, 3, 4), [2, 0, -2])),
+    ("select.int", (x(2, 3), 1, -1)), *(("slice.Tensor", (x(5, 3), 0, a, b, s)) for a, b, s in ((1, 4, 2), (None, None, 1), (-3, -1, 1), (-9, 99, 3), (4, 2, 1))), ("slice.Tensor", (x(5, 3), -1, 1)), ("narrow", (x(5, 3), 0, 1, 2)),
+    ("diagonal", (x(3, 4), 1)), ("diagonal", (x(2, 3, 4), -1, -1, 0)), ("diagonal_copy", (x(3, 3),)), ("diag_embed", (x(2, 3), 1)),
+    ("split.Tensor", (x(5, 3), 2)), ("unsafe_split.Tensor", (x(3, 5), 2, -1)), ("split_with_sizes", (x(5, 3), [1, 4])), ("unsafe_split_with_sizes", (x(5, 3), [2, 3])), ("chunk", (x(5, 3), 2)), ("unbind.int", (x(2, 3), -1)),
+    ("cat", ([x(2, 3), x(1, 3)],)), ("cat", ([x(2, 3), x(2, 1), ints(2, 2, below=3)], -1)), ("cat", ([x(0), x(2, 3)],)), ("stack", ([x(2), x(2)],)), ("stack", ([x(2), x(2)], -1)),
+    ("index.Tensor", (x(4, 3), [torch.tensor([0, 2, 0])])), ("index.Tensor", (x(4, 3, 2), [None, torch.tensor([[0, 2], [1, -1]])])), ("index.Tensor", (x(4, 3), [mask(4, 3)])), ("index.Tensor", (x(4, 3, 2), [torch.tensor([0, 1]), None, torch.tensor([1, 1])])),
+    ("_unsafe_index.Tensor", (x(4, 3), [torch.tensor([0, 2, 0]), torch.tensor([1, 1, 2])])), ("index_select", (x(4, 3), -1, torch.tensor([2, 0, 2]))), ("gather", (x(3, 4), 1, ints(2, 3, below=4))),
+    ("masked_select", (x(4, 3), mask(3))), ("masked_select", (x(3), mask(4, 3))), ("scatter.src", (x(3, 4), 1, torch.tensor([[0, 2], [1, 3]]), x(2, 2))), ("scatter.value", (x(3, 4), 0, torch.tensor([[0, 2]]), 7.0)), ("scatter_.src", (x(4), 0, torch.tensor([2, 0]), x(2))),
+    ("scatter_add", (x(3, 4), 1, ints(2, 3, below=4), x(2, 3))), *(("scatter_reduce.two", (x(3), 0, torch.tensor([0, 1, 1, 0]), x(4), kind), {"include_self": own}) for kind in ("sum", "mean", "amax", "amin") for own in (True, False)),
+    ("index_put", (x(4, 3), [torch.tensor([0, 2])], x(2, 3))), ("index_put", (x(4, 3), [torch.tensor([0, 0])], x(3), True)), ("index_put", (x(4, 3), [None, torch.tensor([2])], x())), ("index_put_", (x(4, 3), [mask(4, 3)], x())),
+    ("_index_put_impl", (x(4), [torch.tensor([0, 2])], x(2))), ("_unsafe_index_put", (x(4), [torch.tensor([0, 2])], x(2))),
+    ("index_add", (x(4, 3), 0, torch.tensor([1, 1, 0]), x(3, 3)), {"alpha": 0.5}), ("index_copy", (x(4, 3), 1, torch.tensor([2, 0]), x(4, 2))), ("index_fill.int_Scalar", (x(4, 3), 0, torch.tensor([1, 1]), 7.0)), ("index_fill.int_Tensor", (x(4, 3), 0, torch.tensor([1, 2]), x())),
+    ("masked_scatter", (x(4, 3), mask(4, 3), x(13))), ("tril", (x(3, 4), 1)), ("triu", (x(3, 4), -1)), ("roll", (x(3, 4), [1, -2], [0, 1])), ("roll", (x(3, 4), [5])), ("flip", (x(3, 4), [0, -1])), ("rot90", (x(3, 4), 3)), ("repeat", (x(2, 3), [2, 1, 2])), ("unfold", (x(2, 9), 1, 3, 2)),
+    ("pixel_shuffle", (x(1, 4, 2, 3), 2)), ("pixel_unshuffle", (x(1, 1, 4, 2), 2)), ("channel_shuffle", (x(1, 4, 2), 2)),
+    *((f"{kind}_pad{n}d", (x(1, 2, *[4] * n), [1, 2] * n)) for kind in ("reflection", "replication") for n in (1, 2, 3)), ("reflection_pad1d", (x(2, 4), [1, 2])),
+    ("constant_pad_nd", (x(2, 4), [1, -1, 0, 2], 3.0)), ("im2col", (x(1, 2, 5, 4), [2, 2], [1, 1], [1, 0], [2, 1])), ("col2im", (x(1, 8, 9), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1])),
+    ("copy_", (x(2, 3), x(3))), ("fill.Scalar", (x(3), 2.0)), ("fill_.Tensor", (x(3), x())), ("zero", (x(3),)), ("zero_", (x(3),)),
+    *((f"{op}", (x(4),)) for op in "normal_ uniform_ bernoulli_.float exponential_ log_normal_ cauchy_ random_".split()), ("geometric_", (x(4), 0.4)),
+    # networks
+    ("_softmax", (x(2, 3), -1, False)), ("_softmax", (x(2, 3, 2), 1, False)), ("softmax.int", (x(3), 0)), ("_safe_softmax", (x(2, 3), 1)), ("_log_softmax", (x(2, 3), 1, False)), ("log_softmax.int", (x(2, 3), 0)),
+    ("native_layer_norm", (x(2, 3, 4), [4], x(4), x(4), 1e-5)), ("native_layer_norm", (x(2, 3, 4), [3, 4], None, None, 1e-5)), ("native_layer_norm", (x(2, 4), [4], x(4), None, 0.1)),
+    ("_fused_rms_norm", (x(2, 3, 4), [4], x(4), 1e-5)), ("_fused_rms_norm", (x(2, 4), [4], None, None)), ("rms_norm", (x(2, 4), [4], x(4), 1e-3)),
+    ("native_group_norm", (x(2, 4, 3), x(4), x(4), 2, 4, 3, 2, 1e-5)), ("native_group_norm", (x(2, 4, 3), None, None, 2, 4, 3, 2, 1e-5)),
+    *((f"{op}", (x(4, 3, 2), x(3), x(3), *BATCH_NORM, train, 0.1, 1e-5)) for op in ("native_batch_norm", "_native_batch_norm_legit") for train in (True, False)), ("_native_batch_norm_legit.no_stats", (x(4, 3), x(3), None, True, 0.1, 1e-5)),
+    ("_native_batch_norm_legit_functional", (x(4, 3), x(3), x(3), *BATCH_NORM, True, 0.1, 1e-5)), ("_native_batch_norm_legit_no_training", (x(4, 3), x(3), x(3), *BATCH_NORM, 0.1, 1e-5)),
+    ("_batch_norm_with_update", (x(4, 3), x(3), x(3), *BATCH_NORM, 0.1, 1e-5)), ("_batch_norm_no_update", (x(4, 3), x(3), x(3), *BATCH_NORM, 0.1, 1e-5)),
+    ("cudnn_batch_norm", (x(4, 3), x(3), x(3), *BATCH_NORM, True, 0.1, 1e-5), {}, batch_norm), ("miopen_batch_norm", (x(4, 3), x(3), x(3), *BATCH_NORM, True, 0.1, 1e-5), {}, batch_norm),
+    ("embedding", (x(5, 3), ints(2, 4, below=5))),
+    *(("nll_loss_forward", (x(4, 3), torch.tensor([0, 2, -100, 0]), w, reduction, -100)) for w in (None, fixed(pos(3))) for reduction in (0, 1, 2)), ("nll_loss_forward", (x(3), torch.tensor(1), None, 1, -100)),
+    ("nll_loss2d_forward", (x(2, 3, 2, 2), ints(2, 2, 2, below=3), fixed(pos(3)), 1, 0)), ("nll_loss2d_forward", (x(2, 3, 2, 2), ints(2, 2, 2, below=3), None, 0, 0)), ("nll_loss", (x(4, 3), ints(4, below=3))), ("nll_loss2d", (x(2, 3, 2, 2), ints(2, 2, 2, below=3))),
+    *((op, (x(4, 3), x(4, 3), reduction)) for op in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss") for reduction in (0, 1, 2)),
+    ("mse_loss", (x(4, 3), fixed(x(4, 3)))), ("smooth_l1_loss", (x(4), x(4), 1, 0.0)), ("huber_loss", (x(9), x(9), 1, 0.5)),
+    *(("binary_cross_entropy", (unit(4, 3), unit(4, 3), w, r)) for w in (None, fixed(pos(3))) for r in (0, 1, 2)), *(("binary_cross_entropy_with_logits", (x(4, 3), unit(4, 3), w, q, r)) for w, q, r in ((None, None, 1), (fixed(pos(3)), fixed(pos(3)), 0), (None, fixed(pos(3)), 2))),
+    ("soft_margin_loss", (x(4, 3), fixed(x(4, 3).sign()))), ("multi_margin_loss", (x(4, 3), ints(4, below=3))), ("multi_margin_loss", (x(4, 3), ints(4, below=3), 2, 1.5, fixed(pos(3)))),
+    ("max_pool2d_with_indices", (x(2, 3, 6, 5), [3, 2], [2, 1], [1, 1])), ("max_pool2d_with_indices", (x(3, 6, 5), [2, 2])), ("max_pool3d_with_indices", (x(1, 2, 4, 4, 4), [2, 2, 2])), ("adaptive_max_pool2d", (x(1, 2, 7, 5), [3, 2])), ("adaptive_max_pool3d", (x(1, 2, 4, 5, 4), [3, 2, 2])),
+    ("avg_pool2d", (x(2, 3, 6, 5), [3, 2], [2, 1], [1, 1])), ("avg_pool2d", (x(2, 3, 6, 5), [3], [2], [1], True, False)), ("avg_pool2d", (x(3, 6, 5), [2, 2], [], [0, 0], False, True, 7)), ("avg_pool2d", (x(1, 1, 7, 7), [3, 3], [2, 2], [1, 1], True)), ("avg_pool3d", (x(1, 2, 4, 4, 5), [2, 2, 2])),
+    ("_adaptive_avg_pool2d", (x(1, 2, 7, 5), [3, 2])), ("_adaptive_avg_pool3d", (x(1, 2, 4, 5, 4), [3, 2, 1])),
+    *((f"{kind}{n}d", (x(1, 2, *range(3, 3 + n)), [7, 5, 6][:n])) for kind in ("upsample_nearest", "_upsample_nearest_exact") for n in (1, 2, 3)), ("upsample_nearest2d", (x(1, 2, 3, 4), [6, 8], 2.0, 2.0)),
+    *((f"upsample_{kind}", (x(1, 2, *range(3, 3 + n)), [7, 2, 6][:n], corners)) for n, kind in ((1, "linear1d"), (2, "bilinear2d"), (3, "trilinear3d")) for corners in (True, False)),
+    # attention
+    *(("_scaled_dot_product_flash_attention_for_cpu", (*qkv, 0.0, causal), {"scale": scale}) for qkv, causal, scale in ((SDPA, True, None), (SAME, False, 0.3), (SAME, True, None))),
+    ("_scaled_dot_product_flash_attention_for_cpu", (*SAME, 0.0, False), {"attn_mask": fixed(torch.zeros(4, 5).double().masked_fill(torch.ones(4, 5).triu(2).bool(), -math.inf))}),
+    ("_scaled_dot_product_attention_math", (*SAME, x(4, 5))), ("_scaled_dot_product_attention_math", (*SAME, mask(4, 5) | torch.eye(4, 5).bool())), ("_scaled_dot_product_attention_math", (*SDPA,), {"enable_gqa": True, "is_causal": True}), ("_scaled_dot_product_attention_math", (*SAME, None, 0.25, False, mask(2, 2, 4, 5))),
+    ("scaled_dot_product_attention", (*SAME,)), ("_scaled_dot_product_fused_attention_overrideable", (*SAME, x(4, 5)), {}, lambda q, k, v, b: sdpa(q, k, v, attn_bias=b)), ("_scaled_dot_product_flash_attention", (*SAME, 0.0, True), {}, lambda q, k, v, p, causal: sdpa(q, k, v, is_causal=causal)),
+    ("_scaled_dot_product_efficient_attention", (*SAME, x(2, 2, 4, 5), True), {}, lambda q, k, v, b, c: sdpa(q, k, v, attn_bias=b)), ("_scaled_dot_product_cudnn_attention", (*SAME, None, True), {}, lambda q, k, v, b, c: sdpa(q, k, v)),
+]  # fmt: skip
+
+# At a kink, or where torch departs from the mathematics by agreement: compared with autograd only.
+AGREED = [
+    ("amax", (torch.ones(2, 3).double(), [1])), ("max", (torch.ones(3).double(),)), ("amin", (torch.zeros(3).double(),)), ("aminmax", (torch.ones(2, 3).double(),), {"dim": 0}),
+    *((op, (torch.tensor([1.0, 2, 3]).double(), torch.tensor([3.0, 2, 1]).double())) for op in ("maximum", "minimum")),
+    *((op, (torch.zeros(3).double(),)) for op in "abs relu leaky_relu elu gelu hardswish softshrink hardshrink sign".split()), ("_prelu_kernel", (torch.zeros(3).double(), x(3))),
+    *((op, (torch.tensor([-3.0, -1, -0.5, 0, 0.5, 1, 3]).double(),)) for op in ("hardtanh", "hardsigmoid", "hardswish", "softshrink", "hardshrink")), ("elu", (torch.zeros(1).double(), 1.5, 1.1, 0.9)), ("celu", (torch.zeros(1).double(), 2.0)),
+    *(("clamp", (torch.tensor([-1.0, 0, 1]).double(), -1, 1)), ("clamp_min", (torch.zeros(1).double(), 0)), ("clamp_max", (torch.zeros(1).double(), 0)), ("clamp_min.Tensor", (torch.zeros(1).double(), torch.zeros(1).double()))),
+    *((op, (torch.zeros(2, 3).double(), torch.zeros(2, 3).double())) for op in ("l1_loss", "smooth_l1_loss", "huber_loss")), ("linalg_vector_norm", (torch.zeros(3).double(),)), ("linalg_vector_norm", (torch.ones(3).double(), math.inf)),
+    ("pow.Tensor_Tensor", (torch.zeros(3).double(), torch.tensor([0.0, 1, 2]).double())), ("xlogy.Tensor", (fixed(torch.zeros(2).double()), torch.tensor([0.5, 1]).double())), ("std", (torch.ones(3).double(), True)),
+    ("binary_cross_entropy", (torch.tensor([0.0, 1, 0, 1]).double(), torch.tensor([0.0, 1, 1, 0]).double())), ("embedding", (x(5, 3), ints(2, 4, below=5), 1, True)), ("_cdist_forward", (torch.zeros(2, 3).double(), torch.zeros(2, 3).double(), 2.0, None)),
+]  # fmt: skip
+# Of these only the first output is for use; torch has a derivative of the others too.
+FIRST = ("native_group_norm", "_fused_rms_norm", "_scaled_dot_product_attention_math")
+
+
+def overload(name):
+    packet, _, rest = name.partition(".")
+    return getattr(getattr(aten, packet), rest or "default")
+
+
+def flat(out):
+    return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+
+
+class Case:
+    """An operation with arguments; `variables` are those that it is differentiated by."""
+
+    def __init__(self, name, args, kwargs=None, instead=None):
+        self.name, self.func, self.instead = name, overload(name), instead
+        template = (tuple(args), kwargs or {})
+        kept = {id(a.tensor) for a in tree_leaves(template) if isinstance(a, fixed)}
+        self.args, self.kwargs = tree_map(lambda a: a.tensor if isinstance(a, fixed) else a, template)
+        self.tensors = signature(self.func).tensors(self.args, self.kwargs)
+        self.variables = {n: t for n, t in self.tensors if t.is_floating_point() and id(t) not in kept}
+
+    def run(self, values=None):
+        """The outputs, for other values of the variables; nothing that is given is changed."""
+        new = {id(self.variables[n]): v for n, v in (values or {}).items()}
+
+        def own(a):
+            return new.get(id(a), a).clone(memory_format=torch.preserve_format) if isinstance(a, torch.Tensor) else a
+
+        args, kwargs = tree_map(own, (self.args, self.kwargs))
+        torch.manual_seed(0)
+        return tuple(flat((self.instead or self.func)(*args, **kwargs)))
+
+    def call(self):
+        outputs = tuple(t.detach() for t in self.run())
+        return Call(dict(self.tensors), signature(self.func).attributes(self.args, self.kwargs), outputs)
+
+
+def close(a, b, bound):
+    return (a - b).norm() <= bound * max(1.0, a.norm(), b.norm())
+
+
+def listed(rows):
+    return [pytest.param(row, id=f"{i}-{row[0]}") for i, row in enumerate(rows)]
+
+
+def against_autograd(case):
+    """The row's gradients, and those of the outputs that they were made for."""
+    GENERATOR.manual_seed(1)
+    call, rule = case.call(), find(str(case.func))
+    leaves = {n: t.clone().requires_grad_() for n, t in case.variables.items()}
+    outputs = case.run(leaves)
+    wanted = outputs[:1] if case.name in FIRST else outputs
+    g = tuple(x(*t.shape) if t.requires_grad and i < len(wanted) else None for i, t in enumerate(outputs))
+    found = rule.vjp(call, g)
+    assert set(found) >= set(leaves) and all(t.dtype.is_floating_point for t in (call.inputs[n] for n in found))
+    expected = torch.autograd.grad(
+        [t for t in wanted if t.requires_grad], list(leaves.values()), [h for h in g if h is not None], allow_unused=True
+    )
+    for (name, t), e in zip(leaves.items(), expected, strict=True):
+        assert rule.derivatives[name.split("[")[0]]
+        assert found[name].shape == t.shape and found[name].dtype == t.dtype
+        assert close(found[name], torch.zeros_like(t) if e is None else e, 1e-10), name
+    return found, g
+
+
+@pytest.mark.parametrize("case", listed(CASES))
+def test_a_row_equals_autograd_and_the_difference_quotient(case):
+    case = Case(*case)
+    found, g = against_autograd(case)
+    direction, h = {n: x(*t.shape) for n, t in case.variables.items()}, 1e-4
+
+    def loss(step):
+        outputs = case.run({n: t + step * direction[n] for n, t in case.variables.items()})
+        return sum(float((h * o).nan_to_num(0, 0, 0).sum()) for h, o in zip(g, outputs, strict=True) if h is not None)
+
+    slope = (8 * (loss(h) - loss(-h)) - (loss(2 * h) - loss(-2 * h))) / (12 * h)
+    told = sum(float((found[n] * v).sum()) for n, v in direction.items())
+    assert abs(slope - told) <= 1e-7 * max(1.0, abs(slope), abs(told))
+
+
+@pytest.mark.parametrize("case", listed(AGREED))
+def test_at_a_kink_a_row_chooses_as_torch_does(case):
+    against_autograd(Case(*case))
