@@ -12,38 +12,102 @@ def source(line: int = 1, text: str = "y = f(x)", function: str = "<module>", fi
 def gradient(data=None, shape=(), norm: float | None = None) -> dict:
     if norm is None:
         norm = abs(data)
-    return {"shape": list(shape), "dtype": "float32", "norm": norm, "mean": norm, "min": -norm, "max": norm,
-            "nonfinite": 0, "data": data}
+    return {
+        "shape": list(shape),
+        "dtype": "float32",
+        "norm": norm,
+        "mean": norm,
+        "min": -norm,
+        "max": norm,
+        "nonfinite": 0,
+        "data": data,
+    }
 
 
 class Builder:
     """Adds values, operations and steps in order; ids are positions."""
 
     def __init__(self, title: str = "program.py") -> None:
-        self.document = {"title": title, "summary": {"torch": "2.13", "device": "cpu"}, "notes": [], "failure": None, "values": [],
-                         "ops": [], "backwards": [], "repeats": [], "verdicts": None}
+        self.document = {
+            "title": title,
+            "summary": {"torch": "2.13", "device": "cpu"},
+            "notes": [],
+            "failure": None,
+            "values": [],
+            "ops": [],
+            "backwards": [],
+            "repeats": [],
+            "verdicts": None,
+        }
 
     def value(self, name=None, shape=(), data=None, producer=None, **more) -> int:
         index = len(self.document["values"])
         count = math.prod(shape)
-        stats = {"norm": abs(data) if isinstance(data, float) else math.sqrt(count), "mean": 0.0, "min": -1.0, "max": 1.0, "nonfinite": 0}
-        strides = [math.prod(shape[i + 1:]) for i in range(len(shape))]
-        self.document["values"].append({
-            "id": index, "name": name, "rank": {0: "scalar", 1: "vector", 2: "matrix"}.get(len(shape), f"{len(shape)}-D"),
-            "shape": list(shape), "dtype": "float32", "device": "cpu", "strides": strides, "bytes": 4 * count, "storage": index,
-            "version": 0, "requires_grad": True, "leaf": producer is None, "parameter": False, "view_of": None,
-            "producer": producer, "saved_by": [], "stats": stats, "data": data, "hooks": []} | more)
+        stats = {
+            "norm": abs(data) if isinstance(data, float) else math.sqrt(count),
+            "mean": 0.0,
+            "min": -1.0,
+            "max": 1.0,
+            "nonfinite": 0,
+        }
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        self.document["values"].append(
+            {
+                "id": index,
+                "name": name,
+                "rank": {0: "scalar", 1: "vector", 2: "matrix"}.get(len(shape), f"{len(shape)}-D"),
+                "shape": list(shape),
+                "dtype": "float32",
+                "device": "cpu",
+                "strides": strides,
+                "bytes": 4 * count,
+                "storage": index,
+                "version": 0,
+                "requires_grad": True,
+                "leaf": producer is None,
+                "parameter": False,
+                "view_of": None,
+                "producer": producer,
+                "saved_by": [],
+                "stats": stats,
+                "data": data,
+                "hooks": [],
+            }
+            | more
+        )
         return index
 
     def op(self, label: str, inputs: list[tuple[str, int]], shape=(), data=None, name=None, **more) -> int:
         """Returns the value that the operation makes."""
         index = len(self.document["ops"])
         out = self.value(name, shape, data, producer=index)
-        self.document["ops"].append({
-            "id": index, "label": label, "name": f"aten.{label}.default", "kind": "op", "inputs": [list(i) for i in inputs],
-            "outputs": [out], "attributes": {}, "source": source(index + 1), "module": "", "module_class": "", "parent": None,
-            "region": "", "grad_enabled": True, "random": False, "mutates": [], "node": label.capitalize() + "Backward0",
-            "closed_form": True, "forward_formula": None, "derivatives": {}, "symbols": {}, "saved_bytes": 0, "error": ""} | more)
+        self.document["ops"].append(
+            {
+                "id": index,
+                "label": label,
+                "name": f"aten.{label}.default",
+                "kind": "op",
+                "inputs": [list(i) for i in inputs],
+                "outputs": [out],
+                "attributes": {},
+                "source": source(index + 1),
+                "module": "",
+                "module_class": "",
+                "parent": None,
+                "region": "",
+                "grad_enabled": True,
+                "random": False,
+                "mutates": [],
+                "node": label.capitalize() + "Backward0",
+                "closed_form": True,
+                "forward_formula": None,
+                "derivatives": {},
+                "symbols": {},
+                "saved_bytes": 0,
+                "error": "",
+            }
+            | more
+        )
         for _, value in inputs:
             self.document["values"][value]["saved_by"].append(index)
         return out
@@ -53,8 +117,16 @@ class Builder:
 
 
 def step(op, node, into, out=(), targets=(), leaf=None, kernels=("aten.mul.Tensor",)) -> dict:
-    return {"op": op, "node": node, "leaf": leaf, "into": list(into), "out": list(out),
-            "targets": [None if t is None else {"step": t} for t in targets], "kernels": list(kernels), "changed_by_hook": False}
+    return {
+        "op": op,
+        "node": node,
+        "leaf": leaf,
+        "into": list(into),
+        "out": list(out),
+        "targets": [None if t is None else {"step": t} for t in targets],
+        "kernels": list(kernels),
+        "changed_by_hook": False,
+    }
 
 
 def sigmoid() -> dict:
@@ -62,25 +134,69 @@ def sigmoid() -> dict:
     make = Builder()
     x = make.value("x", data=2.0, requires_grad=False)
     w, b = make.value("w", data=0.5), make.value("b", data=-1.0)
-    wx = make.op("mul", [("self", w), ("other", x)], data=1.0, forward_formula="y = a · b", derivatives={"self": "g · b", "other": "g · a"},
-                 symbols={"self": "a", "other": "b", "0": "y"}, saved_bytes=4)
-    z = make.op("add", [("self", wx), ("other", b)], data=0.0, name="z", forward_formula="y = a + b", derivatives={"self": "g", "other": "g"},
-                symbols={"self": "a", "other": "b", "0": "y"})
-    a = make.op("sigmoid", [("self", z)], data=0.5, name="a", forward_formula="y = 1 / (1 + exp(−x))", derivatives={"self": "g · y · (1 − y)"},
-                symbols={"self": "x", "0": "y"}, saved_bytes=4)
-    left = make.op("mul", [("self", a), ("other", w)], data=0.25, name="left", forward_formula="y = a · b",
-                   derivatives={"self": "g · b", "other": "g · a"}, symbols={"self": "a", "other": "b", "0": "y"}, saved_bytes=8)
-    loss = make.op("add", [("self", left), ("other", a)], data=0.75, name="loss", forward_formula="y = a + b", derivatives={"self": "g", "other": "g"},
-                   symbols={"self": "a", "other": "b", "0": "y"})
+    wx = make.op(
+        "mul",
+        [("self", w), ("other", x)],
+        data=1.0,
+        forward_formula="y = a · b",
+        derivatives={"self": "g · b", "other": "g · a"},
+        symbols={"self": "a", "other": "b", "0": "y"},
+        saved_bytes=4,
+    )
+    z = make.op(
+        "add",
+        [("self", wx), ("other", b)],
+        data=0.0,
+        name="z",
+        forward_formula="y = a + b",
+        derivatives={"self": "g", "other": "g"},
+        symbols={"self": "a", "other": "b", "0": "y"},
+    )
+    a = make.op(
+        "sigmoid",
+        [("self", z)],
+        data=0.5,
+        name="a",
+        forward_formula="y = 1 / (1 + exp(−x))",
+        derivatives={"self": "g · y · (1 − y)"},
+        symbols={"self": "x", "0": "y"},
+        saved_bytes=4,
+    )
+    left = make.op(
+        "mul",
+        [("self", a), ("other", w)],
+        data=0.25,
+        name="left",
+        forward_formula="y = a · b",
+        derivatives={"self": "g · b", "other": "g · a"},
+        symbols={"self": "a", "other": "b", "0": "y"},
+        saved_bytes=8,
+    )
+    loss = make.op(
+        "add",
+        [("self", left), ("other", a)],
+        data=0.75,
+        name="loss",
+        forward_formula="y = a + b",
+        derivatives={"self": "g", "other": "g"},
+        symbols={"self": "a", "other": "b", "0": "y"},
+    )
     one, g = gradient(1.0), gradient
-    make.document["backwards"] = [{"source": source(9, "loss.backward()"), "roots": [loss], "steps": [
-        step(4, "AddBackward0", [one], [g(1.0), g(1.0)], [1, 2]),
-        step(3, "MulBackward0", [one], [g(0.5), g(0.5)], [2, 6]),
-        step(2, "SigmoidBackward0", [g(1.5)], [g(0.375)], [3], kernels=["aten.sigmoid_backward.default"]),
-        step(1, "AddBackward0", [g(0.375)], [g(0.375), g(0.375)], [4, 5]),
-        step(0, "MulBackward0", [g(0.375)], [g(0.75), None], [6, None]),
-        step(None, "AccumulateGrad", [g(0.375)], leaf=b),
-        step(None, "AccumulateGrad", [g(1.25)], leaf=w)]}]
+    make.document["backwards"] = [
+        {
+            "source": source(9, "loss.backward()"),
+            "roots": [loss],
+            "steps": [
+                step(4, "AddBackward0", [one], [g(1.0), g(1.0)], [1, 2]),
+                step(3, "MulBackward0", [one], [g(0.5), g(0.5)], [2, 6]),
+                step(2, "SigmoidBackward0", [g(1.5)], [g(0.375)], [3], kernels=["aten.sigmoid_backward.default"]),
+                step(1, "AddBackward0", [g(0.375)], [g(0.375), g(0.375)], [4, 5]),
+                step(0, "MulBackward0", [g(0.375)], [g(0.75), None], [6, None]),
+                step(None, "AccumulateGrad", [g(0.375)], leaf=b),
+                step(None, "AccumulateGrad", [g(1.25)], leaf=w),
+            ],
+        }
+    ]
     return make.document
 
 
@@ -98,10 +214,19 @@ def gpt(layers: int = 48) -> dict:
     made: list[tuple[int, list[int]]] = []
 
     def op(label, *inputs, shape=(1, time, width), cls="", **more):
-        out = make.op(label, [(("self", "other", "weight", "bias")[i], v) for i, v in enumerate(inputs)], shape, module=inside, module_class=cls,
-                      source=source(20 + len(make.document["ops"]) % 60, f"x = {label}(x)", "forward", "model/transformer.py"),
-                      forward_formula=f"y = {label}(a, b)", derivatives={"self": "g · bᵀ", "other": "aᵀ · g"}, symbols={"self": "a", "other": "b", "0": "y"},
-                      saved_bytes=4 * time * width, **more)
+        out = make.op(
+            label,
+            [(("self", "other", "weight", "bias")[i], v) for i, v in enumerate(inputs)],
+            shape,
+            module=inside,
+            module_class=cls,
+            source=source(20 + len(make.document["ops"]) % 60, f"x = {label}(x)", "forward", "model/transformer.py"),
+            forward_formula=f"y = {label}(a, b)",
+            derivatives={"self": "g · bᵀ", "other": "aᵀ · g"},
+            symbols={"self": "a", "other": "b", "0": "y"},
+            saved_bytes=4 * time * width,
+            **more,
+        )
         made.append((make.producer(out), list(inputs)))
         return out
 
@@ -119,7 +244,13 @@ def gpt(layers: int = 48) -> dict:
     def norm(x, name):
         nonlocal inside
         outer, inside = inside, f"{inside}.{name}"
-        x = op("native_layer_norm", x, parameter(f"{inside}.weight", width), parameter(f"{inside}.bias", width), cls="LayerNorm")
+        x = op(
+            "native_layer_norm",
+            x,
+            parameter(f"{inside}.weight", width),
+            parameter(f"{inside}.bias", width),
+            cls="LayerNorm",
+        )
         inside = outer
         return x
 
@@ -133,13 +264,23 @@ def gpt(layers: int = 48) -> dict:
         q, k, v = (op("transpose", t, shape=(1, heads, time, 64), cls="Attention") for t in (q, k, v))
         k = op("transpose", k, shape=(1, heads, 64, time), cls="Attention")
         scores = op("masked_fill", op("bmm", q, k, shape=(1, heads, time, time)), mask, shape=(1, heads, time, time))
-        y = op("bmm", op("_softmax", op("div", scores, shape=(1, heads, time, time)), shape=(1, heads, time, time)), v, shape=(1, heads, time, 64))
+        y = op(
+            "bmm",
+            op("_softmax", op("div", scores, shape=(1, heads, time, time)), shape=(1, heads, time, time)),
+            v,
+            shape=(1, heads, time, 64),
+        )
         y = linear(op("view", op("transpose", y, cls="Attention")), "out", width, width)
         inside = block
         x = op("add", x, y, cls="Block")
         h = norm(x, "norm2")
         inside = block + ".mlp"
-        h = linear(op("gelu", linear(h, "up", width, 4 * width), shape=(1, time, 4 * width), cls="MLP"), "down", 4 * width, width)
+        h = linear(
+            op("gelu", linear(h, "up", width, 4 * width), shape=(1, time, 4 * width), cls="MLP"),
+            "down",
+            4 * width,
+            width,
+        )
         inside = block
         x = op("add", x, h, cls="Block")
     inside = "model"
@@ -159,7 +300,9 @@ def _backward(make: Builder, made, loss: int) -> dict:
     for op, inputs in reversed(made):
         position[op] = len(position)
     for _, inputs in made:
-        leaves += [v for v in inputs if values[v]["producer"] is None and values[v]["requires_grad"] and v not in leaves]
+        leaves += [
+            v for v in inputs if values[v]["producer"] is None and values[v]["requires_grad"] and v not in leaves
+        ]
     at_leaf = {v: len(position) + i for i, v in enumerate(leaves)}
     steps = []
     for op, inputs in reversed(made):
@@ -179,14 +322,82 @@ def hostile() -> dict:
     """Every text of the document is an attack."""
     make = Builder(HOSTILE)
     w = make.value(HOSTILE, (2,), [math.nan, math.inf], parameter=True, hooks=[HOSTILE], dtype=HOSTILE, device=HOSTILE)
-    y = make.op(HOSTILE, [(HOSTILE, w)], (2,), [1.0, -math.inf], name="\u202egnp.exe", module="<script>alert(1)</script>", module_class=HOSTILE,
-                source=source(1, HOSTILE, HOSTILE, HOSTILE), attributes={HOSTILE: HOSTILE}, forward_formula=HOSTILE, derivatives={HOSTILE: HOSTILE},
-                symbols={HOSTILE: HOSTILE}, node=HOSTILE, error=HOSTILE, region=HOSTILE)
+    y = make.op(
+        HOSTILE,
+        [(HOSTILE, w)],
+        (2,),
+        [1.0, -math.inf],
+        name="\u202egnp.exe",
+        module="<script>alert(1)</script>",
+        module_class=HOSTILE,
+        source=source(1, HOSTILE, HOSTILE, HOSTILE),
+        attributes={HOSTILE: HOSTILE},
+        forward_formula=HOSTILE,
+        derivatives={HOSTILE: HOSTILE},
+        symbols={HOSTILE: HOSTILE},
+        node=HOSTILE,
+        error=HOSTILE,
+        region=HOSTILE,
+    )
     make.document |= {
-        "notes": [HOSTILE], "summary": {HOSTILE: HOSTILE}, "verdicts": {0: {"verdict": "wrong", "text": HOSTILE}},
-        "failure": {"kind": HOSTILE, "message": HOSTILE, "source": source(1, HOSTILE, HOSTILE, HOSTILE), "explanation": HOSTILE},
-        "repeats": [{"first": 0, "last": 0, "times": 3}]}
-    make.document["backwards"] = [{"source": source(2, HOSTILE), "roots": [y], "steps": [
-        step(0, HOSTILE, [gradient(None, (2,), math.nan)], [gradient(None, (2,), math.inf)], [1], kernels=[HOSTILE]),
-        step(None, HOSTILE, [gradient(None, (2,), math.inf)], leaf=w)]}]
+        "notes": [HOSTILE],
+        "summary": {HOSTILE: HOSTILE},
+        "verdicts": {0: {"verdict": "wrong", "text": HOSTILE}},
+        "failure": {
+            "kind": HOSTILE,
+            "message": HOSTILE,
+            "source": source(1, HOSTILE, HOSTILE, HOSTILE),
+            "explanation": HOSTILE,
+        },
+        "repeats": [{"first": 0, "last": 0, "times": 3}],
+    }
+    make.document["backwards"] = [
+        {
+            "source": source(2, HOSTILE),
+            "roots": [y],
+            "steps": [
+                step(
+                    0,
+                    HOSTILE,
+                    [gradient(None, (2,), math.nan)],
+                    [gradient(None, (2,), math.inf)],
+                    [1],
+                    kernels=[HOSTILE],
+                ),
+                step(None, HOSTILE, [gradient(None, (2,), math.inf)], leaf=w),
+            ],
+        }
+    ]
+    return make.document
+
+
+def peculiar() -> dict:
+    """A custom Function with what ran inside it, an operation in place, a random one, an optimizer, two backward calls, an error."""
+    make = Builder("peculiar.py")
+    x = make.value("x", (4, 8), requires_grad=False)
+    w = make.value("w", (8, 3), parameter=True)
+    h = make.op("Clamp", [("x", x), ("w", w)], (4, 3), kind="function", name="h", module="net.clamp", module_class="Clamp")
+    outer = make.producer(h)
+    inner = make.op("mm", [("self", x), ("mat2", w)], (4, 3), parent=outer, module="net.clamp", node="")
+    make.op("clamp", [("self", inner)], (4, 3), parent=outer, module="net.clamp", node="")
+    d = make.op("native_dropout", [("input", h)], (4, 3), random=True, module="net", module_class="Net")
+    d = make.op("mul_", [("self", d)], (4, 3), mutates=[d], region="checkpoint", module="net", module_class="Net")
+    loss = make.op("sum", [("self", d)], name="loss", data=2.5)
+    make.op("linear", [("input", h), ("weight", w)], (4, 4), error="RuntimeError: shapes (4, 3) and (8, 3) cannot be multiplied")
+    make.op("_foreach_add_", [("self[0]", w)], (8, 3), region="optimizer", grad_enabled=False, mutates=[w], node="")
+    small = gradient([[0.1, -0.2, 0.3]] * 4, (4, 3), 0.75)
+    steps = [
+        step(5, "SumBackward0", [gradient(1.0)], [small], [1]),
+        step(4, "MulBackward0", [small], [small], [2]),
+        step(3, "NativeDropoutBackward0", [small], [small], [3]),
+        step(0, "ClampBackward", [small], [None, gradient(None, (8, 3), 1.5)], [None, 4]),
+        step(None, "AccumulateGrad", [gradient(None, (8, 3), 1.5)], leaf=w),
+    ]
+    make.document["backwards"] = [
+        {"source": source(20, "loss.backward(retain_graph=True)"), "roots": [loss], "steps": steps},
+        {"source": source(21, "loss.backward()"), "roots": [loss], "steps": steps},
+    ]
+    failed = source(12, "y = linear(h, w)", "forward")
+    make.document["failure"] = {"kind": "RuntimeError", "message": "shapes (4, 3) and (8, 3) cannot be multiplied", "source": failed,
+                                "explanation": "The last dimension of h, 3, must equal the last of w, 8."}
     return make.document

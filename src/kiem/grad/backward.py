@@ -68,6 +68,7 @@ class BackwardHooks:
             recorder.name_locals(frame)
             roots = tuple(recorder.value_of(t) for t in t_outputs if isinstance(t, torch.Tensor))
             call = BackwardCall(len(graph.backwards), source.at(frame), len(graph.ops), roots, nested=self.running)
+            call.partial = bool(wanted)
             call.retained = bool(args[1]) if len(args) > 1 else False
             graph.backwards.append(call)
             call.root_keys = tuple(

@@ -55,4 +55,4 @@ class Folder:
         del graph.ops[ops:], graph.values[values:], graph.backwards[calls:]
         recorder.forget(ops, values, count_values)
         if recorder.observer is not None:
-            recorder.observer.folded(ops, calls)
+            recorder.observer.folded(self._start, (count_ops, count_values, here[2] - calls))

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PLAIN = list | tuple | dict | nn.ModuleList | nn.Sequential
 LITERAL = ast.Constant | ast.UnaryOp | ast.Slice | ast.Starred
 INSIDE = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<frozen")
 
@@ -105,8 +106,7 @@ class Scene:
                 return next((part[name] for part in parts if name in part), None)
             case ast.Subscript(base, key):
                 base, key = self.value(base), self.value(key)
-                known = isinstance(base, list | tuple | dict | nn.ModuleList | nn.Sequential)
-                return base[key] if known and isinstance(key, int | str) else None
+                return base[key] if isinstance(base, PLAIN) and isinstance(key, int | str) else None
         return None
 
     def operands(self) -> list[Seen]:
@@ -172,8 +172,7 @@ Lines = str | list[str]
 RULES: dict[str, str | Callable[[Scene, re.Match[str]], Lines]] = {}  # by pattern of the message; a text: see NOTES
 
 
-def explains(pattern: str) -> Callable:
-    """Register what explains messages that contain `pattern`."""
+def explains(pattern: str) -> Callable:  # messages that contain the pattern
     return lambda function: RULES.setdefault(pattern, function)
 
 
@@ -182,15 +181,13 @@ def explain_error(error: BaseException, call: FailedCall | None = None) -> str |
 
     None when there is nothing to add. Call it where no recorder is active.
     """
-    try:
+    with suppress(Exception):  # an explanation must never hide the error that it explains
         for pattern, rule in (RULES | NOTES).items():
             if match := re.search(pattern, str(error), re.S):
                 scene = Scene(error, call)
                 lines = _noted(scene, match, rule) if isinstance(rule, str) else rule(scene, match)
                 head = f"{scene.file}:{scene.line}: {scene.text[:100]}"
                 return "\n".join(filter(None, [head, *([lines] if isinstance(lines, str) else lines)]))
-    except Exception:  # an explanation must never hide the error that it explains
-        return None
     return None
 
 
@@ -222,12 +219,10 @@ def _works(function: Callable, *shapes: Iterable[int]) -> bool:
 @explains(r"[Tt]arget size \(.*must be the same as input size|a target size .* that is different to the input size")
 def _loss_shapes(s: Scene, m: re.Match) -> Lines:
     a, b = s.arg("input", 0), s.arg("target", 1)
-    codes = []
+    codes = [f"{b.code}.expand({_dims(a.shape)})"] if _works(lambda x, y: y.expand_as(x), a.shape, b.shape) else []
     if math.prod(a.shape) == math.prod(b.shape):
         codes = [f"{b.code}.reshape({_dims(a.shape)})"]
         codes += [f"{b.code}.view_as({a.name})"] if b.tensor is not None and b.tensor.is_contiguous() else []
-    elif _works(lambda x, y: y.expand_as(x), a.shape, b.shape):
-        codes = [f"{b.code}.expand({_dims(a.shape)})"]
     return [f"{a}, {b}: the loss compares element by element, so both shapes must be equal.",
             _fits(codes) or f"Give a target for each of the {math.prod(a.shape)} outputs."]
 
@@ -250,9 +245,8 @@ def _product(s: Scene, m: re.Match) -> Lines:
     forms.append((f"{b.code} @ {a.code}", b.shape, a.shape))
     if math.prod(a.shape) == math.prod(b.shape) and "1D tensors" in m[0]:
         forms = [(f"{a.code}.reshape(-1) @ {b.code}.reshape(-1)", (1,), (1,))]
-    rule = "both must have as many elements" if len(a.shape) == len(b.shape) == 1 else \
-        "the last dimension of the left must equal the next to last (of a vector the only one) of the right"
-    return [f"{a}, {b}: in a product {rule}.", _fits(code for code, *shapes in forms if _works(torch.matmul, *shapes))]
+    return [f"{a}, {b}: the last dimension of the left and the next to last (or only) one of the right must be equal.",
+            _fits(code for code, *shapes in forms if _works(torch.matmul, *shapes))]
 
 
 @explains(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\) at non-singleton dimension (\d+)")
@@ -264,9 +258,8 @@ def _broadcast(s: Scene, m: re.Match) -> Lines:
              for x, y in ((a, b), (b, a)) if len(y.shape) < len(x.shape) for d in range(len(y.shape) + 1)]
     forms += [(a, b, f"{b.code}.T", b.shape[::-1])] if len(b.shape) == 2 else []
     codes = [code for x, _, code, shape in forms if _works(torch.add, x.shape, shape) and len(shape) <= len(x.shape)]
-    every = f"Every element with every other: `{a.code}.unsqueeze(1)`, shape {[*a.shape, *b.shape]}"
     return [f"{a}, {b}: from the last dimension backwards, sizes must be equal or one of them 1; in dimension "
-            f"{m[3]} they are {m[1]} and {m[2]}.", every if len(a.shape) == len(b.shape) == 1 else _fits(codes)]
+            f"{m[3]} they are {m[1]} and {m[2]}.", _fits(codes)]
 
 
 @explains(r"expanded size of the tensor \((\d+)\) must match the existing size \((\d+)\) at non-singleton "
@@ -317,15 +310,13 @@ def _join(s: Scene, m: re.Match) -> Lines:
 @explains(r"to have the same dtype|must have the same dtype|Found dtype (\w+) but expected (\w+)|same device"
           r"|is not on the expected device|expected scalar type (?!Long)(\w+) but found")
 def _same(s: Scene, m: re.Match) -> Lines:
-    devices = "device" in m[0]
     weight, x = getattr(s.layer, "weight", None), s.arg("input", 0)
     a, b = s.pair() or (s.arg("target", 1), x)
     if isinstance(weight, Tensor) and x is not None:
         a, b = x, _seen(f"{s.layer_name}.weight", weight)
-    if not devices and a.dtype.startswith("float") and not b.dtype.startswith("float"):
-        a, b = b, a
-    if devices:
+    if "device" in m[0]:
         return [f"{a} on {a.device}, {b} on {b.device}: both must be on one.", _fits([f"{a.code}.to({b.device!r})"])]
+    a, b = (b, a) if a.dtype.startswith("float") and not b.dtype.startswith("float") else (a, b)
     return [f"{a}, {b}: both must have the same data type.", _fits([f"{a.code}.to(torch.{b.dtype})"])]
 
 
@@ -335,7 +326,6 @@ def _classes(s: Scene, m: re.Match) -> Lines:
     forms = [(f"{y.code}.reshape(-1)", x.shape, (math.prod(y.shape),))]
     forms += [(f"{x.code}.flatten(0, -2), {y.code}.flatten()", (math.prod(x.shape[:-1]), x.shape[-1]),
                (math.prod(y.shape),))] if len(x.shape) > 2 else []
-    forms += [(f"{y.code}.argmax(1)", x.shape, x.shape[:1])] if x.shape == y.shape else []
     return [f"{x}, {y}: for outputs [N, classes] the loss takes N class numbers, shape [N].",
             _fits(code for code, *shapes in forms if _works(lambda p, q: F.cross_entropy(p, q.long()), *shapes))]
 
@@ -381,31 +371,28 @@ def _no_grad(s: Scene, m: re.Match) -> Lines:
 @explains(r"modified by an inplace operation: \[(.*?)\], which is output \d+ of (\w+), is at version (\d+)")
 def _modified(s: Scene, m: re.Match) -> Lines:
     names = [n for n, v in s.frame.f_locals.items() if isinstance(v, Tensor) and v._version == int(m[3]) and v.grad_fn]
-    made = m[2].removesuffix("Backward0")
     changed = rf"\b({'|'.join(names)})(\s*[-+*/]=|\[.*\]\s*[-+*/]?=[^=]|\.\w*[a-z0-9]_\()"
     place = s.last_line(changed) if names else ""
-    return [f"Backward needs the output of {made} ({m[1]}) as it was, but it was changed in place.",
+    return [f"Backward needs the output of {m[2]} ({m[1]}) as it was, but it was changed in place.",
             "Changed at" + place if place else "",
             "Make a new tensor there: `x = x + y` instead of `x += y` or `x.add_(y)`; or change `x.clone()`."]
 
 
-# {x}: the first tensor of the expression, {n}: its code, {y}: the target or index, {e}: the expression, {t}: the same as
-# the receiver of a method, {g}: what the pattern caught.
+# {x}: the first tensor, {n}: its code, {y}: the target or index, {e}, {t}: the expression, {g}: what was caught
 NOTES = {
-    r"Trying to backward through the graph a second time": "The first backward freed what the graph had saved.\nCompute "
-    "the loss anew before each backward, or let the first one keep the graph: `{n}.backward(retain_graph=True)`",
-    r"grad can be implicitly created only for scalar": "{x}: only a scalar has one gradient.\n"
-    "Fits: `{n}.sum().backward()`, or `{n}.backward(torch.ones_like({n}))`",
-    r"leaf Variable that requires grad is being used in an in": "{x}: autograd cannot follow a change of a leaf.\nFits: `with torch.no_grad(): {e}`",
+    r"Trying to backward through the graph a second time": "The first backward freed what the graph had saved.\n"
+    "Compute the loss anew before each, or keep the graph in the first: `{n}.backward(retain_graph=True)`",
+    r"grad can be implicitly created": "{x}: only a scalar has one gradient.\nFits: `{n}.sum().backward()`",
+    r"leaf Variable that requires grad is being used in an in": "{x}: autograd cannot follow a change of a leaf.\n"
+    "Fits: `with torch.no_grad(): {e}`",
     r"nly Tensors of floating point": "{x}: whole numbers have no derivative.\nFits: `{n}.float()`, or write 1.0 for 1",
     r"Can't call numpy\(\) on Tensor": "{x}, and numpy cannot follow gradients.\nFits: `{n}.detach().cpu().numpy()`",
-    r"target dtype to be Long|type Long but found|dtype int32/int64 for index|'indices' to have one of the following":
+    r"target dtype to be Long|type Long but found|dtype int32/int64 for index|'indices' to have one":
     "{y}: numbers of classes or rows are int64.\nFits: `{y.code}.long()`",
-    r"all elements of input should be between 0 and 1": "{x}: this loss takes probabilities.\nFits: `torch.sigmoid({n})`",
+    r"should be between 0 and 1": "{x}: this loss takes probabilities.\nFits: `torch.sigmoid({n})`",
     r"with (\d+) elements cannot be converted to Sc": "{x}: {g} numbers.\nFits: `{n}.sum().item()`, or `{n}.tolist()`",
     r"Boolean value of Tensor with more than": "{x}: it has no single truth value.\nFits: `{t}.all()`, or `{t}.any()`",
-    r"could not infer output dtype|not implemented for '(?:Long|Int|Bool)'": "{x}: not for whole numbers.\n"
-    "Fits: `{n}.float()`",
+    r"could not infer output dtype|not implemented for '(?:Long|Int)'": "{x}: whole numbers.\nFits: `{n}.float()`",
     r"result type \w+ can't be cast to the desired": "{x}: in place it keeps its data type.\nFits: `{n}.float()`",
     r"not compiled with CUDA": "This PyTorch has no CUDA.\nFits: `'cuda' if torch.cuda.is_available() else 'cpu'`",
 }

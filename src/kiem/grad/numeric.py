@@ -22,11 +22,12 @@ class Derivative:
     error: float
     low: float
     high: float
+    asymmetry: float = 0.0  # how far apart they seem, kink or not
 
     @property
     def kink(self) -> bool:
         """Whether the one-sided derivatives differ."""
-        return self.high - self.low > 2 * self.error
+        return math.isfinite(self.error) and self.high - self.low > 2 * self.error
 
 
 def derivative(phi: Callable[[float], tuple[float, float]], step: float = 2.0**-7) -> Derivative:
@@ -35,12 +36,20 @@ def derivative(phi: Callable[[float], tuple[float, float]], step: float = 2.0**-
     best: Derivative | None = None
     for _ in range(5):
         one = _at_step(phi, middle, size, step)
-        if best is None or one.error < best.error or (one.kink and not best.kink and one.error < 4 * best.error):
+        if best is None or not math.isfinite(best.error) or _better(one, best):
             best = one
-        if best.error <= 1e-8 * (abs(best.value) + size * 1e-3) or not math.isfinite(best.error):
+        scale = abs(one.value) + size * 1e-3
+        if one is best and one.error <= 1e-8 * scale and (one.kink or one.asymmetry <= 1e-4 * scale):
             break
         step /= 2**5
     return best
+
+
+def _better(one: Derivative, best: Derivative) -> bool:
+    """A smaller error; but a large asymmetry that is not yet a kink only says that the step was too wide."""
+    if one.kink != best.kink:
+        return one.kink if best.asymmetry > 4 * one.error else not one.kink and one.asymmetry < best.asymmetry / 4
+    return one.error + 0.1 * (0.0 if one.kink else one.asymmetry) < best.error + 0.1 * (0.0 if best.kink else best.asymmetry)
 
 
 def _at_step(phi, middle: float, size: float, step: float) -> Derivative:
@@ -61,9 +70,12 @@ def _at_step(phi, middle: float, size: float, step: float) -> Derivative:
         once = [2 * side[i + 1] - side[i] for i in range(2)]
         sides.append(((4 * once[1] - once[0]) / 3, abs(once[1] - once[0])))
     settled = max(s[1] for s in sides) + 8 * rounding
+    if not math.isfinite(value):
+        return Derivative(math.nan, math.inf, -math.inf, math.inf)
     low, high = min(sides[0][0], sides[1][0]), max(sides[0][0], sides[1][0])
-    if high - low <= 4 * settled:
+    asymmetry = high - low
+    if asymmetry <= 4 * settled:
         low = high = value
     else:
         error = min(error, settled)
-    return Derivative(value, error, low, high)
+    return Derivative(value, error, low, high, asymmetry)

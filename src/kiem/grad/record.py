@@ -39,8 +39,8 @@ class Observer(Protocol):
     def backward_ended(self, recorder: Recorder, call) -> None:
         """An outermost backward call is over."""
 
-    def folded(self, ops: int, calls: int) -> None:
-        """Operations and calls from these on repeated the step before and are no longer in the graph."""
+    def folded(self, start: tuple[int, int, int], counts: tuple[int, int, int]) -> None:
+        """Operations, values and backward calls from `start` on repeated the `counts` before them and left the graph."""
 
 
 @dataclass(slots=True)
@@ -219,10 +219,15 @@ class Recorder(TorchDispatchMode):
             return index
         storage = self.storage_of(tensor)
         known = self._places.get(_place(tensor, storage.index))
-        if known is not None and known.version == storage.version:
+        apart = known is not None and self.graph.values[known.value].requires_grad and not tensor.requires_grad
+        if known is not None and known.version == storage.version and not apart:
             self._show(tensor, known.value)
             return known.value
         writer, written = self._writer.get(storage.index, (None, None))
+        if apart:  # `.data`: the same memory, from which no gradient flows
+            writer, written = None, known.value
+        elif known is not None:
+            written = known.value  # the same place before it was changed through another tensor
         value = self.new_value(tensor, writer, -1 if writer is not None else 0)
         value.base = written
         self.describe(value, tensor)
@@ -268,6 +273,8 @@ class Recorder(TorchDispatchMode):
         known = self._leaves.get(id(tensor))
         if known is None or known[0]() is not tensor:
             self._leaves[id(tensor)] = known = (weakref.ref(tensor), value)
+            leaf = self.graph.values[value]
+            leaf.is_leaf, leaf.requires_grad = True, tensor.requires_grad
         return known[1]
 
     # -- in place ------------------------------------------------------------------------------------------------------

@@ -42,13 +42,13 @@ def _wide_argument(value: Any, tensors: Tensors) -> Any:
     return value
 
 
-def run_op(op: Op, tensors: Tensors, recorded: Tensors, cut: bool = False) -> tuple[torch.Tensor | None, ...]:
-    """One operation on float64 inputs. `recorded`: what the program's own tensors were. `cut`: a detach stays a detach."""
+def run_op(op: Op, tensors: Tensors, recorded: Tensors) -> tuple[torch.Tensor | None, ...]:
+    """One operation on float64 inputs. `recorded`: what the program's own tensors were."""
     func, args, kwargs = op.call
     if op.random:
         return _random(op, tensors, recorded)
     args, kwargs = _wide_argument(args, tensors), _wide_argument(kwargs, tensors)
-    if op.label == "detach" and not cut:
+    if op.label == "detach":
         return (args[0].view_as(args[0]),)
     if op.label in ("_softmax", "_log_softmax"):
         args = (*args[:2], False)
@@ -59,7 +59,7 @@ def run_op(op: Op, tensors: Tensors, recorded: Tensors, cut: bool = False) -> tu
     if op.mutates and not any(isinstance(o, torch.Tensor) for o in outputs):
         outputs = tuple(tensors[v] for v in _written(op))
     return tuple(
-        recorded.get(v, o) if isinstance(o, torch.Tensor) and not (o.is_floating_point() or o.is_complex()) else o
+        widen(o) if o.is_floating_point() or o.is_complex() else recorded.get(v, o)
         for v, o in zip(op.outputs, (o for o in outputs if isinstance(o, torch.Tensor)), strict=False)
     )
 
@@ -80,7 +80,7 @@ def _random(op: Op, tensors: Tensors, recorded: Tensors) -> tuple[torch.Tensor |
         scale = 0.0 if share >= 1 else 1 / (1 - share)
         return tensors[dict(op.inputs)["input"]] * kept.double() * scale, kept
     missing = [v for v in op.outputs if v not in recorded]
-    if missing or (op.edges and any(op.edges) and not op.mutates and op.label not in ("bernoulli", "normal", "poisson")):
+    if missing or any(part in op.label for part in ("dropout", "rrelu", "scaled_dot_product", "_rnn")):
         raise CannotReplay("it is random and gives no mask to run it again with")
     made = tuple(widen(recorded[v]) for v in op.outputs)
     for value, new in zip(_written(op), made, strict=False):
@@ -98,6 +98,7 @@ class Replay:
         self.ops = list(ops)
         self.recorded = recorded
         self.cut = cut
+        self._frozen: Tensors = {}  # what a detach gave: a constant
 
     def run(self, given: Tensors, noise: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Tensors:
         """All values, from those `given`; others come from the recording. `noise` is laid on each result."""
@@ -106,12 +107,16 @@ class Replay:
             for _, value in op.inputs:
                 if value not in tensors:
                     tensors[value] = self._find(value, tensors)
-            if op.kind == "op":
-                outputs = run_op(op, tensors, self.recorded, self.cut and op.parent is None)
+            if op.label == "detach" and self.cut and op.parent is None:
+                if op.outputs[0] not in self._frozen:
+                    self._frozen[op.outputs[0]] = tensors[op.inputs[0][1]].detach().clone()
+                outputs = (self._frozen[op.outputs[0]],)
+            elif op.kind == "op":
+                outputs = run_op(op, tensors, self.recorded)
             else:
                 continue  # its children follow, and its outputs are found through them
             for value, output in zip(op.outputs, outputs, strict=False):
-                if isinstance(output, torch.Tensor):
+                if isinstance(output, torch.Tensor) and value not in given:
                     if noise is not None and not op.mutates and self.graph.values[value].base is None:
                         output = noise(output)
                     tensors[value] = output
@@ -122,8 +127,8 @@ class Replay:
         value = self.graph.values[index]
         if value.producer is not None:
             producer = self.graph.ops[value.producer]
-            if value.output < 0 and value.base in tensors and tensors[value.base].shape == value.shape:
-                return tensors[value.base]
+            if value.output < 0 and value.base is not None and self.graph.values[value.base].shape == value.shape:
+                return self.find(value.base, tensors)
             if producer.kind != "op":
                 for other in reversed(self.graph.values[:index]):
                     if (other.storage, other.version, other.shape, other.offset) == (

@@ -83,7 +83,7 @@ class Verifier:
             began = time.perf_counter()
             leaves = {leaf: grad for (index, leaf), grad in self._leaves.items() if index == call.index}
             roots = {key: grad for (index, key), grad in self._roots.items() if index == call.index}
-            verdicts, notes = whole_verdicts(recorder.graph, call, recorder.kept, leaves, roots, recorder.folder.start)
+            verdicts, notes = whole_verdicts(recorder.graph, call, recorder.kept, leaves, roots)
             self.result.parameters += [(call.index, v) for v in verdicts]
             for note in notes:
                 self._note(note)
@@ -93,10 +93,26 @@ class Verifier:
         if not call.retained:
             recorder.release_done(self._done)
 
-    def folded(self, ops: int, calls: int) -> None:
-        """The last step repeats the one before: only what was wrong in it stays."""
-        self.result.verdicts = [v for v in self.result.verdicts if v.op < ops or v.verdict == "wrong"]
-        self.result.parameters = [p for p in self.result.parameters if p[0] < calls or p[1].verdict == "wrong"]
+    def folded(self, start: tuple[int, int, int], counts: tuple[int, int, int]) -> None:
+        """The last step repeats the one before: only what was wrong in it stays, told of the step that is kept."""
+        kept, parameters = [], []
+        for verdict in self.result.verdicts:
+            if verdict.op >= start[0] and verdict.verdict == "wrong":
+                verdict.op -= counts[0]
+                verdict.backward -= counts[2]
+                for result in verdict.inputs:
+                    result.value -= counts[1] if result.value >= start[1] else 0
+            elif verdict.op >= start[0]:
+                continue
+            kept.append(verdict)
+        for call, result in self.result.parameters:
+            if call >= start[2] and result.verdict == "wrong":
+                result.value -= counts[1] if result.value >= start[1] else 0
+                parameters.append((call - counts[2], result))
+            elif call < start[2]:
+                parameters.append((call, result))
+        self.result.verdicts, self.result.parameters = kept, parameters
+        self._done = {op for op in self._done if op < start[0]}
 
     def _note(self, note: str) -> None:
         if note not in self.result.notes:

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from kiem.grad.check import NOISE, InputVerdict, inner, judge
+from kiem.grad.check import NOISE, REPEATS, InputVerdict, inner, judge
 from kiem.grad.graph import BackwardCall, Graph, Op
 from kiem.grad.numeric import derivative
 from kiem.grad.replay import CannotReplay, Replay, Tensors, widen
@@ -14,14 +14,14 @@ from kiem.grad.replay import CannotReplay, Replay, Tensors, widen
 SECONDS = 20.0  # for numeric derivatives of single leaves; all of them together are always differentiated
 
 
-def whole_verdicts(graph: Graph, call: BackwardCall, recorded: Tensors, leaves: Tensors, roots: dict[tuple, torch.Tensor],
-                   start: int) -> tuple[list[InputVerdict], list[str]]:
-    """A verdict for each leaf that got a gradient in this call, and notes on what was not checked. `start`: the first operation of
-    the step. `roots`: the gradient with which the call began, by key."""
+def whole_verdicts(graph: Graph, call: BackwardCall, recorded: Tensors, leaves: Tensors, roots: dict[tuple, torch.Tensor]
+                   ) -> tuple[list[InputVerdict], list[str]]:
+    """A verdict for each leaf that got a gradient in this call, and notes on what was not checked. `roots`: the gradient with which the call began, by key."""
     if not leaves:
         return [], []
+    reached = [step.op for step in call.steps if step.op is not None]
     try:
-        return _Whole(graph, call, recorded, leaves, roots, start).verdicts()
+        return _Whole(graph, call, recorded, leaves, roots, min(reached, default=0)).verdicts()
     except (CannotReplay, RuntimeError, NotImplementedError) as reason:
         text = str(reason).splitlines()[0][:160]
         return [], [f"End to end not checked for the backward call at {call.source}: {text}"]
@@ -41,6 +41,7 @@ class _Whole:
         self.leaves = {leaf: widen(recorded[value]) for leaf, value in first.items() if leaf in leaves and value in recorded}
         if not self.leaves:
             raise CannotReplay("what the leaves held was not kept")
+        self.changes = any(op.mutates for op in self.ops)
         self.cotangents = self._cotangents(roots)
         self.generator = torch.Generator().manual_seed(call.index)
         types = {graph.values[v].dtype for op in self.ops for v in op.outputs}
@@ -57,6 +58,8 @@ class _Whole:
 
     def value(self, leaves: Tensors, noise=None) -> list[torch.Tensor]:
         """The roots as a function of the leaves."""
+        if self.changes:
+            leaves = {leaf: x.clone() for leaf, x in leaves.items()}
         given = {value: leaves[leaf] for value, leaf in self.shown.items() if leaf in leaves}
         tensors = self.replay.run(given, noise)
         return [self.replay.find(v, tensors) for v in self.call.roots]
@@ -100,7 +103,10 @@ class _Whole:
     def verdicts(self) -> tuple[list[InputVerdict], list[str]]:
         """Each leaf; first all of them along one direction, then each alone as long as there is time."""
         reference = self.gradients()
-        other = self.gradients(self._shake_saved, shake=True)
+        squares = {leaf: torch.zeros_like(x) for leaf, x in reference.items()}
+        for _ in range(REPEATS):
+            for leaf, other in self.gradients(self._shake_saved, shake=True).items():
+                squares[leaf] += ((other - reference[leaf]) / NOISE).square() / REPEATS
         directions = {leaf: self._direction(x) for leaf, x in self.leaves.items()}
         joint = self.numeric(directions)
         total = sum(inner(reference[leaf], d) for leaf, d in directions.items())
@@ -114,7 +120,7 @@ class _Whole:
             name = self.graph.title(leaf)
             result = InputVerdict(name, leaf, "ok", value.dtype, shape=value.shape, reference="end to end, in float64")
             result.bound = 8 + 4 * terms**0.5
-            moved = (other[leaf] - reference[leaf]).abs() / NOISE
+            moved = squares[leaf].sqrt()
             single = time.perf_counter() - began < SECONDS
             number = self.numeric({leaf: directions[leaf]}) if single else joint
             along = directions[leaf]

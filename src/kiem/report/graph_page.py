@@ -13,7 +13,15 @@ from typing import Any
 from kiem.format import printable
 from kiem.report.page import _digest, embedded_json
 
-SCRIPTS = ("graph-model.js", "graph-draw.js", "graph-panel.js", "graph-table.js", "graph-tree.js", "graph.js")
+SCRIPTS = (
+    "graph-model.js",
+    "graph-layout.js",
+    "graph-draw.js",
+    "graph-panel.js",
+    "graph-table.js",
+    "graph-tree.js",
+    "graph.js",
+)
 
 
 def render(document: dict[str, Any], title: str) -> str:

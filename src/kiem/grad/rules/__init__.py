@@ -1,7 +1,19 @@
-"""The table of derivatives, one row per operation."""
+"""The table of derivatives, one row per operation. Importing the parts fills it."""
 
-from kiem.grad.rules import attention, matrix, network, pointwise, reduce, shapes
+from kiem.grad.rules import (
+    activations,
+    attention,
+    indexing,
+    losses,
+    matrix,
+    network,
+    pointwise,
+    recurrent,
+    reduce,
+    shapes,
+)
 from kiem.grad.rules.table import RULES, Call, Rule, find, formula, local_derivative, substituted
 
-__all__ = ["RULES", "Call", "Rule", "attention", "find", "formula", "local_derivative", "matrix", "network", "pointwise",
-           "reduce", "shapes", "substituted"]  # fmt: skip
+PARTS = (pointwise, activations, reduce, matrix, shapes, indexing, network, losses, attention, recurrent)
+
+__all__ = ["PARTS", "RULES", "Call", "Rule", "find", "formula", "local_derivative", "substituted"]

@@ -36,30 +36,40 @@ def gathered(g: Tensor, like: Tensor) -> Tensor:
     return g.unflatten(-3, (like.shape[-3], -1)).sum(-3)
 
 
-@rule(
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math", "_scaled_dot_product_fused_attention_overrideable",
-    "scaled_dot_product_attention",
-    forward="Y = P V, P = softmax(s · Q Kᵀ + M)",
-    symbols={"query": "Q", "key": "K", "value": "V", "attn_mask": "M", "attn_bias": "M", "scale": "s", "0": "Y"},
-    query="s · X̄ K, X̄ = P · (G Vᵀ − Σ G Vᵀ · P)", key="s · X̄ᵀ Q", value="Pᵀ G", attn_mask="X̄", attn_bias="X̄",
-)  # fmt: skip
 def attention(c: Call, g: Tensor):
-    """No entry when attention weights were dropped by a mask that the operation does not show."""
+    """No entry with dropout: the operation does not show which weights it dropped."""
     q, heads = c["query"], c["query"].shape[-3] if c["query"].ndim > 2 else 1
     k, v = repeated(c["key"], heads), repeated(c["value"], heads)
-    dropout, shown = c.get("dropout_p", 0.0), c["dropout_mask"]
-    if dropout and shown is None:
+    if c.get("dropout_p", 0.0):
         return {}
     scale = c.get("scale", q.shape[-1] ** -0.5)
     p = weights(c, q, k, scale)
-    kept = shown.to(g.dtype) / (1 - dropout) if shown is not None else 1.0
-    gp = (g @ v.mT) * kept
+    gp = g @ v.mT
     gx = p * (gp - (gp * p).sum(-1, keepdim=True))
     return {
         "query": scale * (gx @ k),
         "key": gathered(scale * (gx.mT @ q), c["key"]),
-        "value": gathered((p * kept).mT @ g, c["value"]),
+        "value": gathered(p.mT @ g, c["value"]),
         "attn_mask": gx,
         "attn_bias": gx,
     }
+
+
+SYMBOLS = {"query": "Q", "key": "K", "value": "V", "scale": "s", "0": "Y"}
+DERIVATIVES = {"query": "s · X̄ K, X̄ = P · (G Vᵀ − Σ G Vᵀ · P)", "key": "s · X̄ᵀ Q", "value": "Pᵀ G"}
+for mask, names in (
+    ("attn_mask", ["_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math",
+                   "scaled_dot_product_attention"]),
+    ("attn_bias", ["_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+                   "_scaled_dot_product_fused_attention_overrideable"]),
+):  # fmt: skip
+    rule(
+        *names,
+        forward="Y = P V, P = softmax(s · Q Kᵀ + M)",
+        symbols=SYMBOLS | {mask: "M"},
+        **DERIVATIVES,
+        **{mask: "X̄"},
+    )(attention)
+rule("_scaled_dot_product_flash_attention", forward="Y = P V, P = softmax(s · Q Kᵀ)", symbols=SYMBOLS, **DERIVATIVES)(
+    attention
+)

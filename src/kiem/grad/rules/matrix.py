@@ -20,17 +20,33 @@ def mm(c: Call, g: Tensor):
     return {"self": g @ c["mat2"].mT, "mat2": c["self"].mT @ g}
 
 
-@rule("addmm", "baddbmm", "addbmm", forward="Y = β · C + α · A B",
-      symbols={"self": "C", "mat1": "A", "mat2": "B", "batch1": "A", "batch2": "B", "beta": "β", "alpha": "α", "0": "Y"},
-      self="β · G", mat1="α · G Bᵀ", mat2="α · Aᵀ G", batch1="α · G Bᵀ", batch2="α · Aᵀ G")  # fmt: skip
+@rule(
+    "addmm",
+    "baddbmm",
+    "addbmm",
+    forward="Y = β · C + α · A B",
+    symbols={"self": "C", "mat1": "A", "mat2": "B", "batch1": "A", "batch2": "B", "beta": "β", "alpha": "α", "0": "Y"},
+    self="β · G",
+    mat1="α · G Bᵀ",
+    mat2="α · Aᵀ G",
+    batch1="α · G Bᵀ",
+    batch2="α · Aᵀ G",
+)
 def addmm(c: Call, g: Tensor):
     left, right = ("mat1", "mat2") if "mat1" in c.inputs else ("batch1", "batch2")
     alpha, beta = c.get("alpha", 1), c.get("beta", 1)
     return {"self": beta * g, left: alpha * (g @ c[right].mT), right: alpha * (c[left].mT @ g)}
 
 
-@rule("dot", "vdot", forward="y = Σ a · b", symbols={"self": "a", "tensor": "b", "other": "b", "0": "y"}, self="g · b",
-      tensor="g · a", other="g · a")  # fmt: skip
+@rule(
+    "dot",
+    "vdot",
+    forward="y = Σ a · b",
+    symbols={"self": "a", "tensor": "b", "other": "b", "0": "y"},
+    self="g · b",
+    tensor="g · a",
+    other="g · a",
+)
 def dot(c: Call, g: Tensor):
     right = "tensor" if "tensor" in c.inputs else "other"
     return {"self": g * c[right], right: g * c["self"]}
@@ -41,24 +57,40 @@ def mv(c: Call, g: Tensor):
     return {"self": g[:, None] * c["vec"], "vec": c["self"].mT @ g}
 
 
-@rule("addmv", forward="y = β · c + α · A b",
-      symbols={"self": "c", "mat": "A", "vec": "b", "beta": "β", "alpha": "α", "0": "y"}, self="β · g",
-      mat="α · g bᵀ", vec="α · Aᵀ g")  # fmt: skip
+@rule(
+    "addmv",
+    forward="y = β · c + α · A b",
+    symbols={"self": "c", "mat": "A", "vec": "b", "beta": "β", "alpha": "α", "0": "y"},
+    self="β · g",
+    mat="α · g bᵀ",
+    vec="α · Aᵀ g",
+)
 def addmv(c: Call, g: Tensor):
     alpha = c.get("alpha", 1)
     return {"self": c.get("beta", 1) * g, "mat": alpha * g[:, None] * c["vec"], "vec": alpha * (c["mat"].mT @ g)}
 
 
-@rule("addr", forward="Y = β · C + α · a bᵀ",
-      symbols={"self": "C", "vec1": "a", "vec2": "b", "beta": "β", "alpha": "α", "0": "Y"}, self="β · G",
-      vec1="α · G b", vec2="α · Gᵀ a")  # fmt: skip
+@rule(
+    "addr",
+    forward="Y = β · C + α · a bᵀ",
+    symbols={"self": "C", "vec1": "a", "vec2": "b", "beta": "β", "alpha": "α", "0": "Y"},
+    self="β · G",
+    vec1="α · G b",
+    vec2="α · Gᵀ a",
+)
 def addr(c: Call, g: Tensor):
     alpha = c.get("alpha", 1)
     return {"self": c.get("beta", 1) * g, "vec1": alpha * (g @ c["vec2"]), "vec2": alpha * (g.mT @ c["vec1"])}
 
 
-@rule("linear", forward="Y = X Wᵀ + b", symbols={"input": "X", "weight": "W", "bias": "b", "0": "Y"}, input="G W",
-      weight="Gᵀ X", bias="Σ G over rows")  # fmt: skip
+@rule(
+    "linear",
+    forward="Y = X Wᵀ + b",
+    symbols={"input": "X", "weight": "W", "bias": "b", "0": "Y"},
+    input="G W",
+    weight="Gᵀ X",
+    bias="Σ G over rows",
+)
 def linear(c: Call, g: Tensor):
     x, w = c["input"], c["weight"]
     if w.ndim == 1:
@@ -83,8 +115,14 @@ def matmul(c: Call, g: Tensor):
     return {"self": left, "other": right}
 
 
-@rule("_trilinear", forward="y = Σ a · b · c over the axes summed", symbols={"i1": "a", "i2": "b", "i3": "c", "0": "y"},
-      i1="Σ g · b · c", i2="Σ g · a · c", i3="Σ g · a · b")  # fmt: skip
+@rule(
+    "_trilinear",
+    forward="y = Σ a · b · c over the axes summed",
+    symbols={"i1": "a", "i2": "b", "i3": "c", "0": "y"},
+    i1="Σ g · b · c",
+    i2="Σ g · a · c",
+    i3="Σ g · a · b",
+)
 def trilinear(c: Call, g: Tensor):
     parts = {}
     for name in ("1", "2", "3"):
@@ -106,14 +144,22 @@ def trilinear(c: Call, g: Tensor):
 # -- convolution -------------------------------------------------------------------------------------------------------
 
 
-@rule("convolution", "_convolution", forward="Y[n,o,p] = Σ W[o,c,k] · X[n,c,s·p + d·k] + b[o]",
-      symbols={"input": "X", "weight": "W", "bias": "b", "0": "Y"}, input="Σ W[o,c,k] · G[n,o,p] over o and s·p + d·k = i",
-      weight="Σ G[n,o,p] · X[n,c,s·p + d·k] over n and p", bias="Σ G over n and p")  # fmt: skip
+@rule(
+    "convolution",
+    "_convolution",
+    forward="Y[n,o,p] = Σ W[o,c,k] · X[n,c,s·p + d·k] + b[o]",
+    symbols={"input": "X", "weight": "W", "bias": "b", "0": "Y"},
+    input="Σ W[o,c,k] · G[n,o,p] over o and s·p + d·k = i",
+    weight="Σ G[n,o,p] · X[n,c,s·p + d·k] over n and p",
+    bias="Σ G over n and p",
+)
 def convolution(c: Call, g: Tensor):
-    """One kernel position at a time, a convolution is a matrix product of the channels; s stride, d dilation, X padded."""
+    """For one position of the kernel it is a matrix product of the channels. s stride, d dilation, X padded."""
     x, w, groups = c["input"], c["weight"], c["groups"]
     n_axes = x.ndim - 2
-    stride, padding, dilation = (list(c[k]) * (1 if len(c[k]) == n_axes else n_axes) for k in ("stride", "padding", "dilation"))
+    stride, padding, dilation = (
+        list(c[k]) * (1 if len(c[k]) == n_axes else n_axes) for k in ("stride", "padding", "dilation")
+    )
     pads = [p for size in reversed(padding) for p in (size, size)]
     found = {"bias": g.sum([0, *range(2, g.ndim)])}
     # Transposed, input and output change places: the small side is scattered into the large one.
@@ -122,9 +168,13 @@ def convolution(c: Call, g: Tensor):
     kernel = w.reshape(groups, w.shape[0] // groups, *w.shape[1:])
     kernel_grad, sum_over = torch.zeros_like(kernel), torch.zeros_like(small if c["transposed"] else large)
     for k in itertools.product(*(range(size) for size in w.shape[2:])):
-        where = (..., *(
-            slice(d * i, d * i + s * (out - 1) + 1, s) for d, i, s, out in zip(dilation, k, stride, small.shape[3:], strict=True)
-        ))  # fmt: skip
+        where = (
+            ...,
+            *(
+                slice(d * i, d * i + s * (out - 1) + 1, s)
+                for d, i, s, out in zip(dilation, k, stride, small.shape[3:], strict=True)
+            ),
+        )
         part, at = large[where], (slice(None), slice(None), slice(None), *k)
         kernel_grad[at] = torch.einsum("ngo...,ngc...->goc", small, part)
         if c["transposed"]:
@@ -173,8 +223,12 @@ def solve(c: Call, g: Tensor):
     return {"A": -b @ y.mT, "B": b[..., 0] if vector else b}
 
 
-@rule("linalg_cholesky_ex", forward="Y Yᵀ = A, Y lower triangular", symbols={"self": "A", "0": "Y"},
-      self="Y⁻ᵀ P Y⁻¹ made symmetric, P = lower half of Yᵀ G, its diagonal halved")  # fmt: skip
+@rule(
+    "linalg_cholesky_ex",
+    forward="Y Yᵀ = A, Y lower triangular",
+    symbols={"self": "A", "0": "Y"},
+    self="Y⁻ᵀ P Y⁻¹ made symmetric, P = lower half of Yᵀ G, its diagonal halved",
+)
 def cholesky(c: Call, g: Tensor):
     """Murray 2016, arXiv:1602.07527."""
     y = c.y.mT if c.get("upper", False) else c.y
@@ -192,8 +246,14 @@ def cross(c: Call, g: Tensor):
     return {"self": torch.linalg.cross(b, g, dim=dim), "other": torch.linalg.cross(g, a, dim=dim)}
 
 
-@rule("_cdist_forward", forward="y[i,j] = |aᵢ − bⱼ|, the p-norm", symbols={"x1": "a", "x2": "b", "p": "p", "0": "y"},
-      x1="Σ g · d · |d|^(p − 2) / y^(p − 1) over j, d = aᵢ − bⱼ", x2="the same with −g, over i", kink="at y = 0: 0")  # fmt: skip
+@rule(
+    "_cdist_forward",
+    forward="y[i,j] = |aᵢ − bⱼ|, the norm of order p",
+    symbols={"x1": "a", "x2": "b", "p": "p", "0": "y"},
+    x1="Σ g · d · |d|^(p − 2) / y^(p − 1) over j, d = aᵢ − bⱼ",
+    x2="the same with −g, over i",
+    kink="at y = 0: 0",
+)
 def cdist(c: Call, g: Tensor):
     d, p, y = c["x1"][..., :, None, :] - c["x2"][..., None, :, :], c["p"], c.y[..., None]
     if math.isinf(p):

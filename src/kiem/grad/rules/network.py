@@ -1,4 +1,4 @@
-"""Derivatives of the parts of networks: softmax, norms, embeddings, losses, pooling, resizing.
+"""Derivatives of the parts of networks: softmax, norms, embeddings, pooling, resizing.
 
 x̂ is the input normalised, r = 1 / √(variance + ε); ⟨·⟩ the mean over what is normalised together.
 """
@@ -35,8 +35,14 @@ def normalised(x: Tensor, g: Tensor, over: list[int], eps: float) -> tuple[Tenso
     return x_hat, r * (g - g.mean(over, keepdim=True) - x_hat * (g * x_hat).mean(over, keepdim=True))
 
 
-@rule("native_layer_norm", forward="y = w · x̂ + b, x̂ = (x − ⟨x⟩) · r", symbols=NORM,
-      input="r · (g·w − ⟨g·w⟩ − x̂ · ⟨g·w · x̂⟩)", weight="Σ g · x̂", bias="Σ g")  # fmt: skip
+@rule(
+    "native_layer_norm",
+    forward="y = w · x̂ + b, x̂ = (x − ⟨x⟩) · r",
+    symbols=NORM,
+    input="r · (g·w − ⟨g·w⟩ − x̂ · ⟨g·w · x̂⟩)",
+    weight="Σ g · x̂",
+    bias="Σ g",
+)
 def layer_norm(c: Call, g: Tensor):
     x = c["input"]
     over = list(range(x.ndim - len(c["normalized_shape"]), x.ndim))
@@ -44,8 +50,14 @@ def layer_norm(c: Call, g: Tensor):
     return {"input": gx, "weight": g * x_hat, "bias": g}
 
 
-@rule("_fused_rms_norm", "rms_norm", forward="y = w · x · r, r = 1 / √(⟨x²⟩ + ε)", symbols={"input": "x", "weight": "w", "0": "y"},
-      input="r · (g·w − x̂ · ⟨g·w · x̂⟩), x̂ = x · r", weight="Σ g · x̂")  # fmt: skip
+@rule(
+    "_fused_rms_norm",
+    "rms_norm",
+    forward="y = w · x · r, r = 1 / √(⟨x²⟩ + ε)",
+    symbols={"input": "x", "weight": "w", "0": "y"},
+    input="r · (g·w − x̂ · ⟨g·w · x̂⟩), x̂ = x · r",
+    weight="Σ g · x̂",
+)
 def rms_norm(c: Call, g: Tensor):
     x = c["input"]
     over = list(range(x.ndim - len(c["normalized_shape"]), x.ndim))
@@ -56,8 +68,14 @@ def rms_norm(c: Call, g: Tensor):
     return {"input": r * (gw - x_hat * (gw * x_hat).mean(over, keepdim=True)), "weight": g * x_hat}
 
 
-@rule("native_group_norm", forward="y = w · x̂ + b, normalised in groups of channels", symbols=NORM,
-      input="r · (g·w − ⟨g·w⟩ − x̂ · ⟨g·w · x̂⟩)", weight="Σ g · x̂", bias="Σ g")  # fmt: skip
+@rule(
+    "native_group_norm",
+    forward="y = w · x̂ + b, normalised in groups of channels",
+    symbols=NORM,
+    input="r · (g·w − ⟨g·w⟩ − x̂ · ⟨g·w · x̂⟩)",
+    weight="Σ g · x̂",
+    bias="Σ g",
+)
 def group_norm(c: Call, g: Tensor):
     x, shape = c["input"], (c["N"], c["group"], -1)
     w = _by_channel(c["weight"], x) if c["weight"] is not None else 1.0
@@ -65,10 +83,21 @@ def group_norm(c: Call, g: Tensor):
     return {"input": gx.reshape(x.shape), **_scale_and_shift(x_hat.reshape(x.shape), g)}
 
 
-@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training",
-      "_batch_norm_with_update", "_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm",
-      forward="y = w · x̂ + b, normalised over the batch (in training) or by the running moments", symbols=NORM,
-      input="r · (g·w − ⟨g·w⟩ − x̂ · ⟨g·w · x̂⟩); by running moments r · g·w", weight="Σ g · x̂", bias="Σ g")  # fmt: skip
+@rule(
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_functional",
+    "_native_batch_norm_legit_no_training",
+    "_batch_norm_with_update",
+    "_batch_norm_no_update",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    forward="y = w · x̂ + b, normalised over the batch (in training) or by the running moments",
+    symbols=NORM,
+    input="r · (g·w − ⟨g·w⟩ − x̂ · ⟨g·w · x̂⟩); by running moments r · g·w",
+    weight="Σ g · x̂",
+    bias="Σ g",
+)
 def batch_norm(c: Call, g: Tensor):
     x, eps = c["input"], c["eps"] if c["eps"] is not None else c["epsilon"]
     w = _by_channel(c["weight"], x) if c["weight"] is not None else 1.0
@@ -95,8 +124,13 @@ def _scale_and_shift(x_hat: Tensor, g: Tensor) -> dict[str, Tensor]:
 # -- embedding ---------------------------------------------------------------------------------------------------------
 
 
-@rule("embedding", forward="Y = the rows of W at the indices", symbols={"weight": "W", "0": "Y"},
-      weight="G added at the rows, else 0", kink="the row at padding_idx: 0")  # fmt: skip
+@rule(
+    "embedding",
+    forward="Y = the rows of W at the indices",
+    symbols={"weight": "W", "0": "Y"},
+    weight="G added at the rows, else 0",
+    kink="the row at padding_idx: 0",
+)
 def embedding(c: Call, g: Tensor):
     w, rows = c["weight"], c["indices"].reshape(-1)
     g = g.reshape(-1, w.shape[1])
@@ -107,98 +141,19 @@ def embedding(c: Call, g: Tensor):
     return {"weight": torch.zeros_like(w).index_add(0, rows, g)}
 
 
-# -- losses ------------------------------------------------------------------------------------------------------------
-
-
-def each(c: Call, g: Tensor, n: int) -> Tensor:
-    """The gradient of one element's loss: g, or g / n where the loss is the mean (reduction 1)."""
-    return g / n if c.get("reduction", 1) == 1 else g
-
-
-@rule("nll_loss_forward", "nll_loss2d_forward", "nll_loss", "nll_loss2d",
-      forward="y = −Σ w[t] · x[t] / Σ w[t], t the target of each row", symbols=XY | {"target": "t", "weight": "w"},
-      self="−g · w[t] / Σ w[t] at t, else 0", kink="rows whose target is ignored: 0")  # fmt: skip
-def nll_loss(c: Call, g: Tensor):
-    """Classes are axis 1 (axis 0 of a vector). Without weights w = 1; reduction sum or none does not divide."""
-    x, t = c["self"], c["target"]
-    if x.ndim == 1:
-        x, t, g = x[None], t.reshape(1), g.reshape(-1) if g.ndim == 0 else g
-    valid = t != c["ignore_index"]
-    at = torch.where(valid, t, 0)
-    w = torch.ones_like(at, dtype=x.dtype) if c["weight"] is None else c["weight"][at]
-    w = torch.where(valid, w, 0.0)
-    found = torch.zeros_like(x).scatter(1, at.unsqueeze(1), (-each(c, g, w.sum()) * w).unsqueeze(1).to(x.dtype))
-    return {"self": found.reshape(c["self"].shape)}
-
-
-def loss(*ops: str, forward: str, derivative: str, slope, kink: str = "", **symbols: str) -> None:
-    """A row for a loss of each pair of elements, their mean, sum or no reduction; slope(call, x − t) is its derivative in x."""
-
-    def vjp(c: Call, g: Tensor):
-        d = c["self"] - c["target"]
-        gx = each(c, g, d.numel()) * slope(c, d)
-        return {"self": gx, "target": -gx}
-
-    rule(*ops, forward=forward, symbols=XY | {"target": "t"} | symbols, kink=kink, self=derivative, target=f"the same with −g: {derivative}")(vjp)
-
-
-loss("mse_loss", forward="y = mean of (x − t)²", derivative="g · 2 · (x − t) / n", slope=lambda c, d: 2 * d)
-loss("l1_loss", forward="y = mean of |x − t|", derivative="g · sign(x − t) / n", slope=lambda c, d: d.sign(), kink="at x = t: 0")
-loss("smooth_l1_loss", forward="y = mean of (x − t)² / (2 · β) where |x − t| < β, else |x − t| − β / 2",
-     derivative="g · (x − t) / (β · n) where |x − t| < β, else g · sign(x − t) / n", beta="β",
-     slope=lambda c, d: torch.where(d.abs() < c["beta"], d / c["beta"], d.sign()) if c["beta"] else d.sign())  # fmt: skip
-loss("huber_loss", forward="y = mean of (x − t)² / 2 where |x − t| < δ, else δ · (|x − t| − δ / 2)",
-     derivative="g · (x − t) / n where |x − t| < δ, else g · δ · sign(x − t) / n", delta="δ",
-     slope=lambda c, d: d.clamp(-c["delta"], c["delta"]))  # fmt: skip
-
-
-@rule("binary_cross_entropy", forward="y = mean of −t · ln(x) − (1 − t) · ln(1 − x)", symbols=XY | {"target": "t"},
-      self="g · (x − t) / (x · (1 − x)) / n", target="g · (ln(1 − x) − ln(x)) / n",
-      kink="at x = 0 and 1, where torch cuts ln at −100 and x · (1 − x) at 1e-12")  # fmt: skip
-def binary_cross_entropy(c: Call, g: Tensor):
-    x, t = c["self"], c["target"]
-    g = each(c, g, x.numel()) * c.get("weight", 1.0)
-    logs = (1 - x).log().clamp(min=-100) - x.log().clamp(min=-100)
-    return {"self": g * (x - t) / (x * (1 - x)).clamp(min=1e-12), "target": g * logs}
-
-
-@rule("binary_cross_entropy_with_logits", forward="y = mean of −t · ln(σ(x)) − (1 − t) · ln(1 − σ(x))",
-      symbols=XY | {"target": "t", "pos_weight": "q"}, self="g · (σ(x) − t) / n; with a weight q of positives "
-      "g · ((1 − t) · σ(x) − q · t · (1 − σ(x))) / n", target="−g · x / n; with q: g · (ln(1 − σ(x)) − q · ln(σ(x))) / n")  # fmt: skip
-def bce_with_logits(c: Call, g: Tensor):
-    x, t, q = c["self"], c["target"], c.get("pos_weight", 1.0)
-    s, g = x.sigmoid(), each(c, g, x.numel()) * c.get("weight", 1.0)
-    log_s = torch.minimum(x, torch.zeros_like(x)) - torch.log1p((-x.abs()).exp())
-    return {"self": g * ((1 - t) * s - q * t * (1 - s)), "target": g * ((log_s - x) - q * log_s)}
-
-
-@rule("soft_margin_loss", forward="y = mean of ln(1 + exp(−t · x))", symbols=XY | {"target": "t"}, self="−g · t · σ(−t · x) / n")
-def soft_margin(c: Call, g: Tensor):
-    x, t = c["self"], c["target"]
-    return {"self": -each(c, g, x.numel()) * t * (-t * x).sigmoid()}
-
-
-@rule("multi_margin_loss", forward="y = mean over rows of Σ max(0, m − x[t] + x[j])^p / classes over j ≠ t",
-      symbols=XY | {"target": "t", "margin": "m", "p": "p"}, self="g · p · max(0, …)^(p − 1) / classes for j; minus their sum for t",
-      kink="where m − x[t] + x[j] = 0: 0")  # fmt: skip
-def multi_margin(c: Call, g: Tensor):
-    x, t, p, m = c["self"], c["target"].reshape(-1, 1), c.get("p", 1), c.get("margin", 1)
-    x = x.reshape(t.shape[0], -1)
-    z = m - x.gather(1, t) + x
-    slope = torch.where(z > 0, p * z.clamp(min=0) ** (p - 1), 0.0) / x.shape[1]
-    if c["weight"] is not None:
-        slope = slope * c["weight"][t]
-    slope = slope.scatter(1, t, 0.0)
-    slope = slope.scatter(1, t, -slope.sum(1, keepdim=True))
-    return {"self": (each(c, g, x.shape[0]).reshape(-1, 1) * slope).reshape(c["self"].shape)}
-
-
 # -- pooling and resizing ----------------------------------------------------------------------------------------------
 
 
-@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d",
-      forward="y = the largest x of each window", symbols=XY, self="Σ g of the windows whose largest it is",
-      kink="several equal: the one at the index returned")  # fmt: skip
+@rule(
+    "max_pool2d_with_indices",
+    "max_pool3d_with_indices",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    forward="y = the largest x of each window",
+    symbols=XY,
+    self="Σ g of the windows whose largest it is",
+    kink="several equal: the one at the index returned",
+)
 def max_pool(c: Call, g: Tensor):
     x, n = c["self"], len(c.get("kernel_size", c.get("output_size", [])))
     flat = torch.zeros_like(x).flatten(-n)
@@ -213,11 +168,19 @@ def separable(g: Tensor, weights: list[Tensor]) -> Tensor:
     return g
 
 
-@rule("avg_pool2d", "avg_pool3d", forward="y = mean of each window", symbols=XY, self="Σ g / k over the windows x[i] is in")
+@rule(
+    "avg_pool2d",
+    "avg_pool3d",
+    forward="y = mean of each window",
+    symbols=XY,
+    self="Σ g / k over the windows x[i] is in",
+)
 def avg_pool(c: Call, g: Tensor):
     x, kernel = c["self"], c["kernel_size"]
     n = 3 if x.ndim == 5 or len(kernel) == 3 else 2
-    kernel, stride, padding = (list(v) * (1 if len(v) == n else n) for v in (kernel, c.get("stride", []) or kernel, c.get("padding", [0])))
+    kernel, stride, padding = (
+        list(v) * (1 if len(v) == n else n) for v in (kernel, c.get("stride", []) or kernel, c.get("padding", [0]))
+    )
     weights, sizes = [], []
     for k, s, p, size, out in zip(kernel, stride, padding, x.shape[-n:], g.shape[-n:], strict=True):
         start = torch.arange(out, device=g.device)[:, None] * s - p
@@ -234,8 +197,13 @@ def avg_pool(c: Call, g: Tensor):
     return {"self": separable(g, weights)}
 
 
-@rule("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", forward="y = mean of each window", symbols=XY,
-      self="Σ g / k over the windows x[i] is in")  # fmt: skip
+@rule(
+    "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d",
+    forward="y = mean of each window",
+    symbols=XY,
+    self="Σ g / k over the windows x[i] is in",
+)
 def adaptive_avg_pool(c: Call, g: Tensor):
     weights = []
     for out, size in zip(c["output_size"], c["self"].shape[-len(c["output_size"]) :], strict=True):
@@ -246,7 +214,7 @@ def adaptive_avg_pool(c: Call, g: Tensor):
 
 
 def nearest(shift: float, *ops: str) -> None:
-    """Rows for resizing by copies: y[i] = x[⌊(i + shift) · scale⌋]. torch multiplies in float32, which decides at the borders."""
+    """Rows for y[i] = x[⌊(i + shift) · scale⌋]; the product in float32 as in torch, which decides at the borders."""
 
     def vjp(c: Call, g: Tensor):
         weights = []
@@ -262,8 +230,14 @@ nearest(0.0, "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d")
 nearest(0.5, "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
 
 
-@rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", forward="y = x between its neighbours, weighted by nearness",
-      symbols=XY, self="Σ g · weight over the y that x[i] is part of")  # fmt: skip
+@rule(
+    "upsample_linear1d",
+    "upsample_bilinear2d",
+    "upsample_trilinear3d",
+    forward="y = x between its neighbours, weighted by nearness",
+    symbols=XY,
+    self="Σ g · weight over the y that x[i] is part of",
+)
 def linear_resize(c: Call, g: Tensor):
     weights = []
     for out, size, scale in _resized(c, g):
@@ -274,7 +248,9 @@ def linear_resize(c: Call, g: Tensor):
             position = ((i + 0.5) * scale - 0.5).clamp(min=0)
         low = position.floor().clamp(max=size - 1)
         part = (position - low)[:, None]
-        first, second = (torch.eye(size, dtype=g.dtype, device=g.device)[j.long()] for j in (low, (low + 1).clamp(max=size - 1)))
+        first, second = (
+            torch.eye(size, dtype=g.dtype, device=g.device)[j.long()] for j in (low, (low + 1).clamp(max=size - 1))
+        )
         weights.append((1 - part) * first + part * second)
     return {"self": separable(g, weights)}
 

@@ -1,4 +1,4 @@
-"""Derivatives of what acts on each element by itself: arithmetic, elementary functions, activations, choices."""
+"""Derivatives of what acts on each element by itself: arithmetic, elementary functions, choices."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,6 @@ from kiem.grad.rules.table import Call, rule
 
 XY = {"self": "x", "0": "y"}
 AB = {"self": "a", "other": "b", "0": "y"}
-ROOT_2_PI = math.sqrt(2 / math.pi)
 
 
 def number_as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
@@ -47,9 +46,15 @@ def div(c: Call, g: Tensor):
 
 
 @rule(
-    "div.Tensor_mode", "div.Scalar_mode", forward="y = a / b, rounded if so asked", symbols=AB, pointwise=True,
-    kink="rounded: constant but for jumps, so 0", self="g / b, 0 if rounded", other="−g · a / b², 0 if rounded",
-)  # fmt: skip
+    "div.Tensor_mode",
+    "div.Scalar_mode",
+    forward="y = a / b, rounded if so asked",
+    symbols=AB,
+    pointwise=True,
+    kink="rounded: constant but for jumps, so 0",
+    self="g / b, 0 if rounded",
+    other="−g · a / b², 0 if rounded",
+)
 def div_mode(c: Call, g: Tensor):
     return div(c, g if c["rounding_mode"] is None else torch.zeros_like(g))
 
@@ -61,9 +66,15 @@ def pow_number(c: Call, g: Tensor):
 
 
 @rule(
-    "pow.Tensor_Tensor", "pow.Scalar", forward="y = a^p", symbols={"self": "a", "exponent": "p", "0": "y"}, pointwise=True,
-    kink="for the exponent, where a = 0 and p ≥ 0: 0", self="g · p · a^(p − 1)", exponent="g · y · ln(a)",
-)  # fmt: skip
+    "pow.Tensor_Tensor",
+    "pow.Scalar",
+    forward="y = a^p",
+    symbols={"self": "a", "exponent": "p", "0": "y"},
+    pointwise=True,
+    kink="for the exponent, where a = 0 and p ≥ 0: 0",
+    self="g · p · a^(p − 1)",
+    exponent="g · y · ln(a)",
+)
 def pow_tensor(c: Call, g: Tensor):
     a, p = number_as_tensor(c["self"], g), c["exponent"]
     zero = torch.zeros_like(g)
@@ -73,34 +84,70 @@ def pow_tensor(c: Call, g: Tensor):
     }
 
 
-@rule("addcmul", forward="y = x + c · a · b", symbols={"self": "x", "tensor1": "a", "tensor2": "b", "value": "c", "0": "y"},
-      pointwise=True, self="g", tensor1="g · c · b", tensor2="g · c · a")  # fmt: skip
+@rule(
+    "addcmul",
+    forward="y = x + c · a · b",
+    symbols={"self": "x", "tensor1": "a", "tensor2": "b", "value": "c", "0": "y"},
+    pointwise=True,
+    self="g",
+    tensor1="g · c · b",
+    tensor2="g · c · a",
+)
 def addcmul(c: Call, g: Tensor):
     v = c.get("value", 1)
     return {"self": g, "tensor1": g * v * c["tensor2"], "tensor2": g * v * c["tensor1"]}
 
 
-@rule("addcdiv", forward="y = x + c · a / b", symbols={"self": "x", "tensor1": "a", "tensor2": "b", "value": "c", "0": "y"},
-      pointwise=True, self="g", tensor1="g · c / b", tensor2="−g · c · a / b²")  # fmt: skip
+@rule(
+    "addcdiv",
+    forward="y = x + c · a / b",
+    symbols={"self": "x", "tensor1": "a", "tensor2": "b", "value": "c", "0": "y"},
+    pointwise=True,
+    self="g",
+    tensor1="g · c / b",
+    tensor2="−g · c · a / b²",
+)
 def addcdiv(c: Call, g: Tensor):
     v, a, b = c.get("value", 1), c["tensor1"], c["tensor2"]
     return {"self": g, "tensor1": g * v / b, "tensor2": -g * v * a / (b * b)}
 
 
-@rule("lerp", forward="y = a + w · (b − a)", symbols={"self": "a", "end": "b", "weight": "w", "0": "y"}, pointwise=True,
-      self="g · (1 − w)", end="g · w", weight="g · (b − a)")  # fmt: skip
+@rule(
+    "lerp",
+    forward="y = a + w · (b − a)",
+    symbols={"self": "a", "end": "b", "weight": "w", "0": "y"},
+    pointwise=True,
+    self="g · (1 − w)",
+    end="g · w",
+    weight="g · (b − a)",
+)
 def lerp(c: Call, g: Tensor):
     w = c["weight"]
     return {"self": g * (1 - w), "end": g * w, "weight": g * (c["end"] - c["self"])}
 
 
-@rule("fmod", "remainder", forward="y = a − n · b, n a whole number", symbols=AB, pointwise=True, self="g", other="−g · n",
-      kink="where n jumps")  # fmt: skip
+@rule(
+    "fmod",
+    "remainder",
+    forward="y = a − n · b, n a whole number",
+    symbols=AB,
+    pointwise=True,
+    self="g",
+    other="−g · n",
+    kink="where n jumps",
+)
 def remainder(c: Call, g: Tensor):
     return {"self": g, "other": -g * ((c["self"] - c.y) / c["other"]).round()}
 
 
-@rule("atan2", forward="y = angle of (b, a)", symbols=AB, pointwise=True, self="g · b / (a² + b²)", other="−g · a / (a² + b²)")
+@rule(
+    "atan2",
+    forward="y = angle of (b, a)",
+    symbols=AB,
+    pointwise=True,
+    self="g · b / (a² + b²)",
+    other="−g · a / (a² + b²)",
+)
 def atan2(c: Call, g: Tensor):
     a, b = c["self"], c["other"]
     return {"self": g * b / (a * a + b * b), "other": -g * a / (a * a + b * b)}
@@ -111,13 +158,27 @@ def hypot(c: Call, g: Tensor):
     return {"self": g * c["self"] / c.y, "other": g * c["other"] / c.y}
 
 
-@rule("logaddexp", forward="y = ln(exp(a) + exp(b))", symbols=AB, pointwise=True, self="g · exp(a − y)", other="g · exp(b − y)")
+@rule(
+    "logaddexp",
+    forward="y = ln(exp(a) + exp(b))",
+    symbols=AB,
+    pointwise=True,
+    self="g · exp(a − y)",
+    other="g · exp(b − y)",
+)
 def logaddexp(c: Call, g: Tensor):
     return {"self": g * (c["self"] - c.y).exp(), "other": g * (c["other"] - c.y).exp()}
 
 
-@rule("xlogy", forward="y = a · ln(b)", symbols=AB, pointwise=True, self="g · ln(b)", other="g · a / b",
-      kink="at a = 0 and b ≤ 0: 0")  # fmt: skip
+@rule(
+    "xlogy",
+    forward="y = a · ln(b)",
+    symbols=AB,
+    pointwise=True,
+    self="g · ln(b)",
+    other="g · a / b",
+    kink="at a = 0 and b ≤ 0: 0",
+)
 def xlogy(c: Call, g: Tensor):
     a, b = number_as_tensor(c["self"], g), number_as_tensor(c["other"], g)
     return {"self": torch.where((a == 0) & (b <= 0), 0.0, g * b.log()), "other": g * a / b}
@@ -126,7 +187,9 @@ def xlogy(c: Call, g: Tensor):
 # -- functions of one number -------------------------------------------------------------------------------------------
 
 
-def function(op: str, forward: str, derivative: str, factor: Callable[[Tensor, Tensor], Tensor], kink: str = "") -> None:
+def function(
+    op: str, forward: str, derivative: str, factor: Callable[[Tensor, Tensor], Tensor], kink: str = ""
+) -> None:
     """A row for y = f(x); factor(x, y) = f'(x)."""
 
     def vjp(c: Call, g: Tensor):
@@ -169,7 +232,7 @@ for row in (
     ("abs", "|x|", "g · sign(x)", lambda x, y: x.sign(), "at x = 0: 0"),
     ("relu", "x if x > 0, else 0", "g if x > 0, else 0", lambda x, y: (x > 0).to(x.dtype), "at x = 0: 0"),
     ("silu", "x · σ(x)", "g · σ(x) · (1 + x · (1 − σ(x)))", lambda x, y: x.sigmoid() * (1 + x * (1 - x.sigmoid()))),
-    ("mish", "x · tanh(ln(1 + exp(x)))", "g · (tanh(s) + x · σ(x) · (1 − tanh(s)²)), s = ln(1 + exp(x))", lambda x, y: mish(x)),
+    ("mish", "x · t, t = tanh(ln(1 + exp(x)))", "g · (t + x · σ(x) · (1 − t²))", lambda x, y: mish(x)),
     ("hardswish", "x · clip(x + 3, 0, 6) / 6", "g · (2 · x + 3) / 6 if −3 < x < 3; g if x ≥ 3; else 0",
      lambda x, y: torch.where(x >= 3, 1.0, torch.where(x > -3, (2 * x + 3) / 6, 0.0)), "at x = −3 and 3"),
     ("hardsigmoid", "clip(x + 3, 0, 6) / 6", "g / 6 if −3 < x < 3, else 0",
@@ -180,8 +243,13 @@ for row in (
 ):  # fmt: skip
     function(*row)
 
-for name, text in (("sign", "sign(x)"), ("floor", "x rounded down"), ("ceil", "x rounded up"), ("round", "x rounded"),
-                   ("trunc", "x rounded to zero")):  # fmt: skip
+for name, text in (
+    ("sign", "sign(x)"),
+    ("floor", "x rounded down"),
+    ("ceil", "x rounded up"),
+    ("round", "x rounded"),
+    ("trunc", "x rounded to zero"),
+):
     function(name, text, "0", lambda x, y: torch.zeros_like(x), "where y jumps")
 
 
@@ -191,84 +259,19 @@ def mish(x: Tensor) -> Tensor:
     return t + x * x.sigmoid() * (1 - t * t)
 
 
-# -- activations with settings -----------------------------------------------------------------------------------------
-
-
-@rule("gelu", forward="y = x · Φ(x), Φ the normal distribution (or its tanh approximation)", symbols=XY, pointwise=True,
-      self="g · (Φ(x) + x · φ(x))")  # fmt: skip
-def gelu(c: Call, g: Tensor):
-    x = c["self"]
-    if c.get("approximate", "none") == "tanh":
-        t = (ROOT_2_PI * (x + 0.044715 * x**3)).tanh()
-        return {"self": g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * ROOT_2_PI * (1 + 3 * 0.044715 * x * x))}
-    return {"self": g * (0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * (-x * x / 2).exp() / math.sqrt(2 * math.pi))}
-
-
-@rule("softplus", forward="y = ln(1 + exp(β · x)) / β", symbols=XY | {"beta": "β"}, pointwise=True, self="g · σ(β · x)",
-      kink="g where β · x passes the threshold, from which y = x")  # fmt: skip
-def softplus(c: Call, g: Tensor):
-    z = c["self"] * c.get("beta", 1)
-    return {"self": torch.where(z > c.get("threshold", 20), g, g * z.sigmoid())}
-
-
-@rule("log_sigmoid_forward", forward="y = ln(σ(x))", symbols=XY, pointwise=True, self="g · (1 − σ(x))")
-def log_sigmoid(c: Call, g: Tensor):
-    return {"self": g * (-c["self"]).sigmoid()}
-
-
-@rule("leaky_relu", forward="y = x if x > 0, else s · x", symbols=XY | {"negative_slope": "s"}, pointwise=True,
-      self="g if x > 0, else g · s", kink="at x = 0: s")  # fmt: skip
-def leaky_relu(c: Call, g: Tensor):
-    return {"self": torch.where(c["self"] > 0, g, g * c.get("negative_slope", 0.01))}
-
-
-@rule("_prelu_kernel", forward="y = x if x > 0, else w · x", symbols=XY | {"weight": "w"}, pointwise=True,
-      self="g if x > 0, else g · w", weight="0 if x > 0, else g · x", kink="at x = 0: w")  # fmt: skip
-def prelu(c: Call, g: Tensor):
-    x = c["self"]
-    return {"self": torch.where(x > 0, g, g * c["weight"]), "weight": torch.where(x > 0, 0.0, g * x)}
-
-
-@rule("elu", "celu", forward="y = x if x > 0, else α · (exp(x) − 1)", symbols=XY | {"alpha": "α"}, pointwise=True,
-      self="g if x > 0, else g · α · exp(x)", kink="elu with α ≠ 1, at x = 0: α")  # fmt: skip
-def elu(c: Call, g: Tensor):
-    """elu has an outer and an inner scale (selu); celu's inner scale is 1 / α."""
-    x, alpha, scale = c["self"], c.get("alpha", 1), c.get("scale", 1)
-    inner = c["input_scale"] if c["input_scale"] is not None else 1 / alpha
-    return {"self": g * torch.where(x > 0, scale, scale * alpha * inner * (x * inner).exp())}
-
-
-@rule("hardtanh", forward="y = x within its bounds, else the bound", symbols=XY | {"min_val": "l", "max_val": "h"}, pointwise=True,
-      self="g if l < x < h, else 0", kink="at a bound: 0")  # fmt: skip
-def hardtanh(c: Call, g: Tensor):
-    x = c["self"]
-    return {"self": torch.where((x > c.get("min_val", -1)) & (x < c.get("max_val", 1)), g, 0.0)}
-
-
-@rule("softshrink", "hardshrink", forward="y = 0 if |x| ≤ λ; else x, or x moved by λ to 0", symbols=XY | {"lambd": "λ"},
-      pointwise=True, self="g if |x| > λ, else 0", kink="at |x| = λ: 0")  # fmt: skip
-def shrink(c: Call, g: Tensor):
-    return {"self": torch.where(c["self"].abs() > c.get("lambd", 0.5), g, 0.0)}
-
-
-@rule("threshold", forward="y = x if x > t, else a value", symbols=XY | {"threshold": "t"}, pointwise=True,
-      self="g if x > t, else 0", kink="at x = t: 0")  # fmt: skip
-def threshold(c: Call, g: Tensor):
-    return {"self": torch.where(c["self"] > c["threshold"], g, 0.0)}
-
-
-@rule("glu", forward="y = a · σ(b), a and b the halves of x", symbols=XY, self="g · σ(b) for a; g · a · σ(b) · (1 − σ(b)) for b")
-def glu(c: Call, g: Tensor):
-    a, b = c["self"].chunk(2, c.get("dim", -1))
-    s = b.sigmoid()
-    return {"self": torch.cat([g * s, g * a * s * (1 - s)], c.get("dim", -1))}
-
-
 # -- choices -----------------------------------------------------------------------------------------------------------
 
 
-@rule("clamp", forward="y = x within l and h, else the bound", symbols=XY | {"min": "l", "max": "h"}, pointwise=True,
-      self="g if l ≤ x ≤ h, else 0", min="g if x < l, else 0", max="g if x > h, else 0", kink="at a bound: g for x")  # fmt: skip
+@rule(
+    "clamp",
+    forward="y = x within l and h, else the bound",
+    symbols=XY | {"min": "l", "max": "h"},
+    pointwise=True,
+    self="g if l ≤ x ≤ h, else 0",
+    min="g if x < l, else 0",
+    max="g if x > h, else 0",
+    kink="at a bound: g for x",
+)
 def clamp(c: Call, g: Tensor):
     x, zero = c["self"], torch.zeros_like(g)
     low, high = number_as_tensor(c.get("min", -math.inf), g), number_as_tensor(c.get("max", math.inf), g)
@@ -279,52 +282,84 @@ def clamp(c: Call, g: Tensor):
     }
 
 
-@rule("clamp_min", forward="y = x if x ≥ l, else l", symbols=XY | {"min": "l"}, pointwise=True,
-      self="g if x ≥ l, else 0", min="g if x < l, else 0", kink="at x = l: g for x")  # fmt: skip
+@rule(
+    "clamp_min",
+    forward="y = x if x ≥ l, else l",
+    symbols=XY | {"min": "l"},
+    pointwise=True,
+    self="g if x ≥ l, else 0",
+    min="g if x < l, else 0",
+    kink="at x = l: g for x",
+)
 def clamp_min(c: Call, g: Tensor):
     above = c["self"] >= c["min"]
     return {"self": torch.where(above, g, 0.0), "min": torch.where(above, 0.0, g)}
 
 
-@rule("clamp_max", forward="y = x if x ≤ h, else h", symbols=XY | {"max": "h"}, pointwise=True,
-      self="g if x ≤ h, else 0", max="g if x > h, else 0", kink="at x = h: g for x")  # fmt: skip
+@rule(
+    "clamp_max",
+    forward="y = x if x ≤ h, else h",
+    symbols=XY | {"max": "h"},
+    pointwise=True,
+    self="g if x ≤ h, else 0",
+    max="g if x > h, else 0",
+    kink="at x = h: g for x",
+)
 def clamp_max(c: Call, g: Tensor):
     below = c["self"] <= c["max"]
     return {"self": torch.where(below, g, 0.0), "max": torch.where(below, 0.0, g)}
 
 
-@rule("maximum", forward="y = the larger of a and b", symbols=AB, pointwise=True, self="g if a > b, else 0",
-      other="g if b > a, else 0", kink="where a = b: g / 2 for each")  # fmt: skip
+@rule(
+    "maximum",
+    forward="y = the larger of a and b",
+    symbols=AB,
+    pointwise=True,
+    self="g if a > b, else 0",
+    other="g if b > a, else 0",
+    kink="where a = b: g / 2 for each",
+)
 def maximum(c: Call, g: Tensor):
     a, b = c["self"], c["other"]
     half = torch.where(a == b, g / 2, 0.0)
     return {"self": torch.where(a > b, g, half), "other": torch.where(b > a, g, half)}
 
 
-@rule("minimum", forward="y = the smaller of a and b", symbols=AB, pointwise=True, self="g if a < b, else 0",
-      other="g if b < a, else 0", kink="where a = b: g / 2 for each")  # fmt: skip
+@rule(
+    "minimum",
+    forward="y = the smaller of a and b",
+    symbols=AB,
+    pointwise=True,
+    self="g if a < b, else 0",
+    other="g if b < a, else 0",
+    kink="where a = b: g / 2 for each",
+)
 def minimum(c: Call, g: Tensor):
     a, b = c["self"], c["other"]
     half = torch.where(a == b, g / 2, 0.0)
     return {"self": torch.where(a < b, g, half), "other": torch.where(b < a, g, half)}
 
 
-@rule("where", forward="y = a if the condition holds, else b", symbols=AB | {"condition": "k"}, pointwise=True,
-      self="g if k, else 0", other="0 if k, else g")  # fmt: skip
+@rule(
+    "where",
+    forward="y = a if the condition holds, else b",
+    symbols=AB | {"condition": "k"},
+    pointwise=True,
+    self="g if k, else 0",
+    other="0 if k, else g",
+)
 def where(c: Call, g: Tensor):
     return {"self": torch.where(c["condition"].bool(), g, 0.0), "other": torch.where(c["condition"].bool(), 0.0, g)}
 
 
-@rule("masked_fill", forward="y = v if masked, else x", symbols=XY | {"mask": "m", "value": "v"}, pointwise=True,
-      self="0 if m, else g", value="g if m, else 0")  # fmt: skip
+@rule(
+    "masked_fill",
+    forward="y = v if masked, else x",
+    symbols=XY | {"mask": "m", "value": "v"},
+    pointwise=True,
+    self="0 if m, else g",
+    value="g if m, else 0",
+)
 def masked_fill(c: Call, g: Tensor):
     mask = c["mask"].bool()
     return {"self": torch.where(mask, 0.0, g), "value": torch.where(mask, g, 0.0)}
-
-
-@rule("native_dropout", forward="y = x · m / (1 − p), m = 0 with probability p, else 1", symbols=XY | {"p": "p", "1": "m"},
-      pointwise=True, self="g · m / (1 − p)")  # fmt: skip
-def native_dropout(c: Call, g: Tensor):
-    if c["train"] is False:
-        return {"self": g}
-    return {"self": torch.zeros_like(g) if c["p"] == 1 else g * c.outputs[1].to(g.dtype) / (1 - c["p"])}

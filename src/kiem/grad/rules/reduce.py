@@ -52,21 +52,49 @@ def mean(c: Call, g: Tensor):
     return {"self": full(spread(g, c), c) / count(c)}
 
 
-@rule("amax", "amin", "max.default", "min.default", "median.default", forward="y = the extreme (or middle) x", symbols=XY,
-      self="g for the element that is y, else 0", kink="several equal y: equal parts of g")  # fmt: skip
+@rule(
+    "amax",
+    "amin",
+    "max.default",
+    "min.default",
+    "median.default",
+    forward="y = the extreme (or middle) x",
+    symbols=XY,
+    self="g for the element that is y, else 0",
+    kink="several equal y: equal parts of g",
+)
 def extreme(c: Call, g: Tensor):
     return {"self": shared(full(spread(g, c), c), c, spread(c.y, c))}
 
 
-@rule("aminmax", forward="y₀, y₁ = smallest, largest x", symbols=XY, every=True,
-      self="g₀ for the element that is y₀, g₁ for that which is y₁, else 0", kink="several equal: equal parts")  # fmt: skip
+@rule(
+    "aminmax",
+    forward="y₀, y₁ = smallest, largest x",
+    symbols=XY,
+    every=True,
+    self="g₀ for the element that is y₀, g₁ for that which is y₁, else 0",
+    kink="several equal: equal parts",
+)
 def aminmax(c: Call, gradients: tuple):
-    parts = [shared(full(spread(g, c), c), c, spread(y, c)) for g, y in zip(gradients, c.outputs, strict=True) if g is not None]
+    parts = [
+        shared(full(spread(g, c), c), c, spread(y, c))
+        for g, y in zip(gradients, c.outputs, strict=True)
+        if g is not None
+    ]
     return {"self": sum(parts)}
 
 
-@rule("max.dim", "min.dim", "median.dim", "kthvalue", "mode", forward="y = x[i], i the index of the one taken", symbols=XY,
-      self="g at i, else 0", kink="several equal: the one at the index returned")  # fmt: skip
+@rule(
+    "max.dim",
+    "min.dim",
+    "median.dim",
+    "kthvalue",
+    "mode",
+    forward="y = x[i], i the index of the one taken",
+    symbols=XY,
+    self="g at i, else 0",
+    kink="several equal: the one at the index returned",
+)
 def chosen(c: Call, g: Tensor):
     index = spread(c.outputs[1], c)
     dim = axes(c)[0] if c["self"].ndim else 0
@@ -105,13 +133,24 @@ def std(c: Call, g: Tensor):
     return {"self": scaled * centred(c) / (count(c) - correction(c))}
 
 
-@rule("var_mean", forward="y₀, y₁ = variance, mean of x", symbols=XY, every=True, self="g₀ · 2 · (x − x̄) / (n − 1) + g₁ / n")
+@rule(
+    "var_mean",
+    forward="y₀, y₁ = variance, mean of x",
+    symbols=XY,
+    every=True,
+    self="g₀ · 2 · (x − x̄) / (n − 1) + g₁ / n",
+)
 def var_mean(c: Call, gradients: tuple):
     return {"self": _with_mean(c, var, gradients)}
 
 
-@rule("std_mean", forward="y₀, y₁ = standard deviation, mean of x", symbols=XY, every=True,
-      self="g₀ · (x − x̄) / (y₀ · (n − 1)) + g₁ / n")  # fmt: skip
+@rule(
+    "std_mean",
+    forward="y₀, y₁ = standard deviation, mean of x",
+    symbols=XY,
+    every=True,
+    self="g₀ · (x − x̄) / (y₀ · (n − 1)) + g₁ / n",
+)
 def std_mean(c: Call, gradients: tuple):
     return {"self": _with_mean(c, std, gradients)}
 
@@ -175,8 +214,14 @@ def logcumsumexp(c: Call, g: Tensor):
     return {"self": (ratio * g.movedim(c["dim"], -1)[..., None, :]).sum(-1).movedim(-1, c["dim"])}
 
 
-@rule("linalg_vector_norm", "norm", forward="y = (Σ |x|^p)^(1/p)", symbols=XY, self="g · x · |x|^(p − 2) / y^(p − 1)",
-      kink="at y = 0: 0; p = ∞: equal parts of g to the largest |x|")  # fmt: skip
+@rule(
+    "linalg_vector_norm",
+    "norm",
+    forward="y = (Σ |x|^p)^(1/p)",
+    symbols=XY,
+    self="g · x · |x|^(p − 2) / y^(p − 1)",
+    kink="at y = 0: 0; p = ∞: equal parts of g to the largest |x|",
+)
 def norm(c: Call, g: Tensor):
     x, p = c["self"], c["ord"] if c["ord"] is not None else c.get("p", 2)
     y, g = spread(c.y, c), spread(g, c)

@@ -13,13 +13,35 @@ XY = {"self": "x", "0": "y"}
 # -- the same elements in another shape --------------------------------------------------------------------------------
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "flatten", "unflatten",
-      forward="y = x in another shape", symbols=XY, self="g in the shape of x")  # fmt: skip
+@rule(
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "_reshape_alias",
+    "unsqueeze",
+    "squeeze",
+    "flatten",
+    "unflatten",
+    forward="y = x in another shape",
+    symbols=XY,
+    self="g in the shape of x",
+)
 def reshaped(c: Call, g: Tensor):
     return {"self": g.reshape(c["self"].shape)}
 
 
-@rule("clone", "contiguous", "alias", "_to_copy", "to", "lift_fresh", forward="y = x", symbols=XY, pointwise=True, self="g")
+@rule(
+    "clone",
+    "contiguous",
+    "alias",
+    "_to_copy",
+    "to",
+    "lift_fresh",
+    forward="y = x",
+    symbols=XY,
+    pointwise=True,
+    self="g",
+)
 def same(c: Call, g: Tensor):
     return {"self": g}
 
@@ -90,8 +112,17 @@ def diag_embed(c: Call, g: Tensor):
     return {"self": g.diagonal(c.get("offset", 0), c.get("dim1", -2), c.get("dim2", -1))}
 
 
-@rule("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "chunk", forward="y₀, y₁, … = x cut along an axis",
-      symbols=XY, every=True, self="g₀, g₁, … put together")  # fmt: skip
+@rule(
+    "split",
+    "unsafe_split",
+    "split_with_sizes",
+    "unsafe_split_with_sizes",
+    "chunk",
+    forward="y₀, y₁, … = x cut along an axis",
+    symbols=XY,
+    every=True,
+    self="g₀, g₁, … put together",
+)
 def split(c: Call, gradients: tuple):
     return {"self": torch.cat(_filled(c, gradients), c.get("dim", 0))}
 
@@ -122,99 +153,19 @@ def stack(c: Call, g: Tensor):
     return {f"tensors[{i}]": g.select(c.get("dim", 0), i) for i in range(len(c.members("tensors")))}
 
 
-# -- by index ----------------------------------------------------------------------------------------------------------
+# -- moved, padded, in windows -----------------------------------------------------------------------------------------
 
 
-@rule("index", "_unsafe_index", forward="y = x[indices]", symbols=XY, self="g added at the indices, else 0")
-def index(c: Call, g: Tensor):
-    return {"self": torch.ops.aten.index_put(torch.zeros_like(c["self"]), c.members("indices"), g, True)}
-
-
-@rule("index_select", forward="y = x[index] along an axis", symbols=XY, self="g added at the index, else 0")
-def index_select(c: Call, g: Tensor):
-    return {"self": torch.zeros_like(c["self"]).index_add(c["dim"], c["index"], g)}
-
-
-@rule("gather", forward="y[i] = x[index[i]]", symbols=XY, self="g[i] added at index[i], else 0")
-def gather(c: Call, g: Tensor):
-    return {"self": torch.zeros_like(c["self"]).scatter_add(c["dim"], c["index"], g)}
-
-
-@rule("masked_select", forward="y = the x where masked", symbols=XY, self="g back in its places, else 0")
-def masked_select(c: Call, g: Tensor):
-    mask = c["mask"].expand(torch.broadcast_shapes(c["self"].shape, c["mask"].shape))
-    return {"self": torch.zeros(mask.shape, dtype=g.dtype, device=g.device).masked_scatter(mask, g)}
-
-
-@rule("scatter.src", "scatter.value", forward="y = x, but y[index[i]] = s[i]", symbols=XY | {"src": "s"},
-      self="g, 0 at the index", src="g[index[i]]", kink="an index given twice: g for each")  # fmt: skip
-def scatter(c: Call, g: Tensor):
-    found = {"self": g.scatter(c["dim"], c["index"], 0.0)}
-    return found | ({"src": g.gather(c["dim"], c["index"])} if "src" in c.inputs else {})
-
-
-@rule("scatter_add", forward="y = x, and y[index[i]] += s[i]", symbols=XY | {"src": "s"}, self="g", src="g[index[i]]")
-def scatter_add(c: Call, g: Tensor):
-    return {"self": g, "src": g.gather(c["dim"], c["index"])}
-
-
-@rule("scatter_reduce", forward="y[j] = sum, mean or extreme of x[j] and the s[i] with index[i] = j", symbols=XY | {"src": "s"},
-      self="g (sum), g / n (mean), equal parts to those that are y (extreme)",
-      src="g[index[i]] (sum), / n (mean), equal parts to those that are y (extreme)")  # fmt: skip
-def scatter_reduce(c: Call, g: Tensor):
-    dim, at, x, src, kind = c["dim"], c["index"], c["self"], c["src"], c["reduce"]
-    own = torch.ones_like(x) if c.get("include_self", True) else torch.ones_like(x).scatter(dim, at, 0.0)
-    if kind == "prod":
-        return {}
-    if kind in ("sum", "mean"):
-        mine, theirs = own, torch.ones_like(src)
-    else:
-        mine, theirs = own * (x == c.y), (src == c.y.gather(dim, at)).to(g.dtype)
-    parts = mine.scatter_add(dim, at, theirs) if kind != "sum" else torch.ones_like(x)
-    g = g / parts.clamp(min=1)
-    return {"self": g * mine, "src": g.gather(dim, at) * theirs}
-
-
-@rule("index_put", "_index_put_impl", "_unsafe_index_put", forward="y = x, but y[indices] = v (or += v)",
-      symbols=XY | {"values": "v"}, self="g, 0 at the indices (g if added)", values="g[indices]")  # fmt: skip
-def index_put(c: Call, g: Tensor):
-    at, zero = c.members("indices"), torch.zeros((), dtype=g.dtype, device=g.device)
-    kept = g if c.get("accumulate", False) else torch.ops.aten.index_put(g, at, zero)
-    return {"self": kept, "values": torch.ops.aten.index(g, at)}
-
-
-@rule("index_add", forward="y = x, and y[index] += α · s", symbols=XY | {"source": "s", "alpha": "α"}, self="g",
-      source="α · g[index]")  # fmt: skip
-def index_add(c: Call, g: Tensor):
-    return {"self": g, "source": c.get("alpha", 1) * g.index_select(c["dim"], c["index"]).reshape(c["source"].shape)}
-
-
-@rule("index_copy", forward="y = x, but y[index] = s", symbols=XY | {"source": "s"}, self="g, 0 at the index", source="g[index]")
-def index_copy(c: Call, g: Tensor):
-    part = g.index_select(c["dim"], c["index"]).reshape(c["source"].shape)
-    return {"self": g.index_fill(c["dim"], c["index"], 0.0), "source": part}
-
-
-@rule("index_fill", forward="y = x, but y[index] = v", symbols=XY | {"value": "v"}, self="g, 0 at the index", value="Σ g[index]")
-def index_fill(c: Call, g: Tensor):
-    return {"self": g.index_fill(c["dim"], c["index"], 0.0), "value": g.index_select(c["dim"], c["index"].unique()).sum()}
-
-
-@rule("masked_scatter", forward="y = x, but where masked the next element of s", symbols=XY | {"source": "s"},
-      self="0 where masked, else g", source="g where masked, in order; 0 for what is left over")  # fmt: skip
-def masked_scatter(c: Call, g: Tensor):
-    mask, source = c["mask"].expand(g.shape), c["source"]
-    taken = g[mask]
-    rest = torch.zeros(source.numel() - taken.numel(), dtype=g.dtype, device=g.device)
-    return {"self": g.masked_fill(mask, 0.0), "source": torch.cat([taken, rest]).reshape(source.shape)}
-
-
-@rule("tril", forward="Y = X on and below the diagonal, else 0", symbols={"self": "X", "0": "Y"}, self="G there, else 0")
+@rule(
+    "tril", forward="Y = X on and below the diagonal, else 0", symbols={"self": "X", "0": "Y"}, self="G there, else 0"
+)
 def tril(c: Call, g: Tensor):
     return {"self": g.tril(c.get("diagonal", 0))}
 
 
-@rule("triu", forward="Y = X on and above the diagonal, else 0", symbols={"self": "X", "0": "Y"}, self="G there, else 0")
+@rule(
+    "triu", forward="Y = X on and above the diagonal, else 0", symbols={"self": "X", "0": "Y"}, self="G there, else 0"
+)
 def triu(c: Call, g: Tensor):
     return {"self": g.triu(c.get("diagonal", 0))}
 
@@ -237,7 +188,7 @@ def rot90(c: Call, g: Tensor):
 
 
 def moved(*ops: str, forward: str, derivative: str, move: Callable[[Call, Tensor], Tensor]) -> None:
-    """A row for an operation whose outputs are copies of inputs: moving the numbers 0, 1, 2, … shows which went where."""
+    """A row for an operation that copies elements: moving the numbers 0, 1, 2, … shows which went where."""
 
     def vjp(c: Call, g: Tensor):
         x = c["self"]
@@ -249,18 +200,39 @@ def moved(*ops: str, forward: str, derivative: str, move: Callable[[Call, Tensor
 
 
 moved("repeat", forward="y = x repeated", derivative="Σ g over the repeats", move=lambda c, x: x.repeat(c["repeats"]))
-moved("unfold", forward="y = windows of x", derivative="Σ g over the windows that x[i] is in",
-      move=lambda c, x: x.unfold(c["dimension"], c["size"], c["step"]))  # fmt: skip
-moved("pixel_shuffle", forward="y = channels of x laid out in space", derivative="g laid out in channels",
-      move=lambda c, x: F.pixel_shuffle(x, c["upscale_factor"]))  # fmt: skip
-moved("pixel_unshuffle", forward="y = space of x laid out in channels", derivative="g laid out in space",
-      move=lambda c, x: F.pixel_unshuffle(x, c["downscale_factor"]))  # fmt: skip
-moved("channel_shuffle", forward="y = x with its channels in another order",
-      derivative="g in the old order", move=lambda c, x: torch.channel_shuffle(x, c["groups"]))  # fmt: skip
+moved(
+    "unfold",
+    forward="y = windows of x",
+    derivative="Σ g over the windows that x[i] is in",
+    move=lambda c, x: x.unfold(c["dimension"], c["size"], c["step"]),
+)
+moved(
+    "pixel_shuffle",
+    forward="y = channels of x laid out in space",
+    derivative="g laid out in channels",
+    move=lambda c, x: F.pixel_shuffle(x, c["upscale_factor"]),
+)
+moved(
+    "pixel_unshuffle",
+    forward="y = space of x laid out in channels",
+    derivative="g laid out in space",
+    move=lambda c, x: F.pixel_unshuffle(x, c["downscale_factor"]),
+)
+moved(
+    "channel_shuffle",
+    forward="y = x with its channels in another order",
+    derivative="g in the old order",
+    move=lambda c, x: torch.channel_shuffle(x, c["groups"]),
+)
 for mode in ("reflection", "replication"):
-    moved(*(f"{mode}_pad{n}d" for n in (1, 2, 3)), forward=f"y = x with its border padded by {mode}",
-          derivative="Σ g over the copies", move=lambda c, x, mode={"reflection": "reflect", "replication": "replicate"}[mode]:
-          F.pad(x[None] if x.ndim < len(c["padding"]) // 2 + 2 else x, c["padding"], mode))  # fmt: skip
+    moved(
+        *(f"{mode}_pad{n}d" for n in (1, 2, 3)),
+        forward=f"y = x with its border padded by {mode}",
+        derivative="Σ g over the copies",
+        move=lambda c, x, mode={"reflection": "reflect", "replication": "replicate"}[mode]: F.pad(
+            x[None] if x.ndim < len(c["padding"]) // 2 + 2 else x, c["padding"], mode
+        ),
+    )
 
 
 @rule("constant_pad_nd", forward="y = x with constants around it", symbols=XY, self="g without the border")
@@ -291,7 +263,19 @@ def fill(c: Call, g: Tensor):
     return {"self": torch.zeros_like(c["self"]), "value": g.sum()}
 
 
-@rule("zero", "normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_",
-      forward="y = numbers that do not depend on x", symbols=XY, self="0")  # fmt: skip
+@rule(
+    "zero",
+    "normal_",
+    "uniform_",
+    "bernoulli_",
+    "exponential_",
+    "log_normal_",
+    "cauchy_",
+    "geometric_",
+    "random_",
+    forward="y = numbers that do not depend on x",
+    symbols=XY,
+    self="0",
+)
 def overwritten(c: Call, g: Tensor):
     return {"self": torch.zeros_like(c["self"])}

@@ -1,7 +1,7 @@
 """The form of a row: an operation, its formula, and the derivative for each input, written from the mathematics.
 
-A row computes what autograd should have computed, from the operation's inputs, outputs and the gradient g of the loss with
-respect to the outputs. It uses no autograd and no backward kernel of torch, so that the two can disagree.
+A row computes what autograd should have computed, from the operation's inputs, outputs and the gradient g of the loss
+with respect to the outputs. It uses no autograd and no backward kernel of torch, so that the two can disagree.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One run of an operation. `inputs`: tensors by argument name (`self`, `other`, `mat1`; members of a list argument are
-    `tensors[0]`, `tensors[1]`, ...); `attributes`: the other arguments by name, defaults filled in; `outputs`: its tensors."""
+    """One run of an operation. `inputs`: tensors by argument name (`self`, `other`, `mat1`; members of a list argument
+    are `tensors[0]`, `tensors[1]`, ...), before what it changes in place; `attributes`: the other arguments by name,
+    defaults filled in; `outputs`: its tensors."""
 
     inputs: dict[str, Tensor]
     attributes: dict[str, Any]
@@ -45,16 +46,18 @@ class Call:
         return self.outputs[0]
 
 
-# (call, gradient of each output or None) -> gradient by input name. Shapes are those of the inputs; no entry: no closed form.
+# (call, gradient of each output or None) -> gradient by input name, in the input's shape. No entry: no closed form.
 Vjp = Callable[[Call, tuple[Tensor | None, ...]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`forward`: the formula, as `y = a · b`; `derivatives`: per argument the vector-Jacobian product, as `g · b`; for a list
-    argument under its bare name. Of a repeated (broadcast) argument the sum over what repeated it is understood.
+    """`forward`: the formula, as `y = a · b`; `derivatives`: per argument the vector-Jacobian product, as `g · b`, of a
+    list under its bare name. Of a broadcast argument the sum over what repeated it is understood. After
+    `; with q: ` stands what holds instead if q is given; `formula` chooses.
     `symbols`: what the letters of the formulas stand for: argument name -> letter, `0` -> output 0.
-    `kink`: where the derivative has a choice, in words; empty if nowhere. `pointwise`: y[i] depends on no x[j] but x[i]."""
+    `kink`: where the derivative has a choice, in words; empty if nowhere.
+    `pointwise`: y[i] depends on no x[j] but x[i]."""
 
     ops: tuple[str, ...]
     forward: str
@@ -77,9 +80,9 @@ def rule(
     every: bool = False,
     **derivatives: str,
 ) -> Callable[[Callable], Callable]:
-    """Register a row for the operations named (`mul.Tensor`, or `mul` for every overload; the in-place form `mul_` is the same row).
+    """Register a row for the operations named (`mul.Tensor`, or `mul` for every overload and the in-place `mul_`).
 
-    The function decorated is given the call and the gradient of output 0 (`every`: the gradients of all outputs, some None).
+    The function decorated is given the call and the gradient of output 0 (`every`: those of all outputs, some None).
     What it returns is summed over broadcast axes; entries for what is no floating-point tensor are dropped.
     """
 
@@ -133,21 +136,52 @@ def unbroadcast(gradient: Tensor, like: Tensor) -> Tensor:
 # -- for people --------------------------------------------------------------------------------------------------------
 
 _WORD = re.compile(r"[A-Za-zΑ-Ωα-ωϕ]+[₀-₉]*")
-_READABLE = {"exp", "ln", "sin", "cos", "tan", "sinh", "cosh", "tanh", "sign", "σ", "Φ", "φ", "π", "ψ", "if", "else", "and", "or"}
+_READABLE = {
+    "exp",
+    "ln",
+    "sin",
+    "cos",
+    "tan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "sign",
+    "σ",
+    "Φ",
+    "φ",
+    "π",
+    "ψ",
+    "if",
+    "else",
+    "and",
+    "or",
+}
 
 
 def formula(rule: Rule, call: Call, argument: str | None = None) -> str:
-    """The formula of the derivative for an argument, of the operation itself for None; factors that are 1 in this call left out."""
+    """The formula of the derivative for an argument, or of the operation, as it reads for this call: factors that are 1
+    and arguments that are not given left out, and the n of a mean where nothing is averaged."""
     text = rule.forward if argument is None else rule.derivatives.get(_bare(argument), "")
     for name, letter in rule.symbols.items():
-        value = call.attributes.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value == 1:
-            text = text.replace(f"{letter} · ", "")
+        plain, given, other = text.partition(f"; with {letter}: ")
+        text = other if given and call[name] is not None else plain
+    present = {letter for name, letter in rule.symbols.items() if name in call.inputs or name.isdigit()}
+    for name, letter in rule.symbols.items():
+        if letter in present:
+            continue
+        if call[name] is None:
+            text = re.sub(rf" \+ {letter}(?=$|[ ,)])", "", text)
+        if call[name] is None or (_scalar(call[name]) == 1 and name in call.attributes):
+            text = text.replace(f"{letter} · ", "").replace(f"·{letter}", "")
+    if call["reduction"] in (0, 2):
+        text = text.replace("mean of ", "Σ " if call["reduction"] == 2 else "").replace(" / n", "")
+    if argument is not None and _scalar(call["self"]) is not None:
+        text = text.replace(" / n", "")
     return text
 
 
 def local_derivative(rule: Rule, call: Call, argument: str) -> Tensor | None:
-    """dy/dx of each element: shape of the argument. None unless the operation is pointwise there, or x and y are scalars."""
+    """dy/dx of each element, in the argument's shape. None unless the operation is pointwise or both are scalars."""
     x = call.inputs.get(argument)
     if x is None or not call.outputs:
         return None
@@ -159,7 +193,7 @@ def local_derivative(rule: Rule, call: Call, argument: str) -> Tensor | None:
 
 
 def substituted(rule: Rule, call: Call, argument: str, g: Tensor | float | None = None) -> str | None:
-    """The derivative's formula with its numbers, as `0.9183 · (1 − 0.9183)`; None unless every letter in it is a scalar.
+    """The derivative's formula with numbers, as `0.9183 · (1 − 0.9183)`; None unless every letter in it is a scalar.
     g: the gradient that arrives; None writes dy/dx without it."""
     text = formula(rule, call, argument)
     if g is None:

@@ -10,9 +10,11 @@ const FEW_USES = 4;      // a tensor with more users on a level gets a box besid
 const clean = (text) => String(text ?? "").replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Co}\u2028\u2029]/gu,
   (c) => (c === "\n" || c === "\t" ? c : "\\u" + c.codePointAt(0).toString(16).padStart(4, "0")));
 
+const WHOLE = new Intl.NumberFormat("en-GB");
+
 function number(x, digits = 4) {
   if (typeof x !== "number") return x === null || x === undefined ? "–" : clean(x);
-  if (Number.isInteger(x) && Math.abs(x) < 1e7) return x.toLocaleString("en-GB");
+  if (Number.isInteger(x) && Math.abs(x) < 1e7) return WHOLE.format(x);
   const size = Math.abs(x);
   return size >= 1e-4 && size < 1e6 ? String(Number(x.toPrecision(digits))) : x.toExponential(digits - 2);
 }
@@ -24,7 +26,7 @@ function bytes(n) {
   return (index ? n.toPrecision(n >= 999.5 ? 4 : 3) : n) + " " + units[index];
 }
 
-const plural = (n, one, many = one + "s") => n.toLocaleString("en-GB") + " " + (n === 1 ? one : many);
+const plural = (n, one, many = one + "s") => WHOLE.format(n) + " " + (Number(n) === 1 ? one : many);
 const shapeText = (shape) => "[" + (shape || []).join(", ") + "]";
 
 class Model {
@@ -44,7 +46,7 @@ class Model {
     this.boxOfLeaf = new Map();
     this.root = this.box("root", "root", "", null);
     this.growTree();
-    this.groupLong(this.root);
+    groupLong(this, this.root);
     this.placeLeaves();
     this.finish(this.root, 0);
     this.joinBoxes();
@@ -103,12 +105,6 @@ class Model {
       const kind = holders.has(op.id) ? "function" : "op";
       this.boxOfOp.set(op.id, this.box("op:" + op.id, kind, op.label, at, { op: op.id }));
     }
-  }
-
-  // Consecutive operations of one function of the program, then pieces of LEVEL: a program without modules stays readable.
-  groupLong(box) {
-    for (const child of box.children) groupedOnce(this, child);
-    groupedOnce(this, box);
   }
 
   regroup(box, pieces) {
@@ -214,8 +210,6 @@ class Model {
     for (const at of this.path(box)) if (!at.firstOpen || at === box) return at;
     return box;
   }
-
-  children(box) { return box.children; }
 }
 
 function addLink(edges, from, to, link) {
@@ -224,12 +218,12 @@ function addLink(edges, from, to, link) {
   edges.get(key).links.push(link);
 }
 
-function groupedOnce(model, box) {
-  if (box.grouped) return;
-  box.grouped = true;
-  for (const child of [...box.children]) groupedOnce(model, child);
+// Consecutive operations of one function of the program, then pieces: a program without modules stays readable.
+function groupLong(model, box) {
+  for (const child of [...box.children]) groupLong(model, child);
   const modules = box.children.filter((c) => c.kind !== "op").length;
-  if (box.children.length <= LEVEL || modules > box.children.length / 2) return;
+  const most = modules > box.children.length / 2 ? 3 * LEVEL : LEVEL; // layers in a row read well
+  if (box.children.length <= most) return;
   const where = (b) => (b.op === undefined ? b.key : model.ops.get(b.op).source.file + " " + model.ops.get(b.op).source.function);
   const runs = [];
   for (const child of box.children) {
@@ -240,17 +234,21 @@ function groupedOnce(model, box) {
   if (runs.length > 1 && runs.length <= LEVEL) {
     model.regroup(box, runs.map((run) => [functionName(model, run.members[0]), run.members]));
   }
-  for (let depth = 0; depth < 4; depth++) {
-    const wide = [box, ...box.children].filter((b) => b.children.length > LEVEL && b.children.filter((c) => c.kind === "op").length > LEVEL / 2);
-    for (const each of wide) {
+  for (const each of [...box.children.filter((b) => b.kind === "group"), box]) {
+    while (each.children.length > most) {
       const pieces = [];
       for (let i = 0; i < each.children.length; i += LEVEL / 2) {
         const members = each.children.slice(i, i + LEVEL / 2);
-        pieces.push([`${i + 1} to ${i + members.length}`, members]);
+        pieces.push([`${endOf(members[0], 0)} to ${endOf(members[members.length - 1], -1)}`, members]);
       }
       model.regroup(each, pieces);
     }
   }
+}
+
+// The first (0) or last (-1) operation's id in the box, or the name of a module.
+function endOf(box, which) {
+  return box.kind === "group" ? endOf(box.children.at(which), which) : box.op !== undefined ? "op " + box.op : clean(box.name);
 }
 
 function functionName(model, box) {

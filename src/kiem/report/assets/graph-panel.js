@@ -44,6 +44,9 @@ function gradientBlock(gradient) {
   return make("div", {}, make("span", { class: "quiet" }, type), " " + statsText(gradient));
 }
 
+const MANY_PATHS = 10n ** 9n;
+const pathsText = (n) => (n > MANY_PATHS ? `about ${Number(n).toExponential(2)} paths` : plural(n, "path"));
+
 const bare = (argument) => argument.split("[")[0];
 
 class Panel {
@@ -179,12 +182,20 @@ class Panel {
     this.show(make("h2", {}, model.title(id)),
       make("p", { class: "quiet" }, [value.parameter ? "parameter" : value.leaf && value.requires_grad ? "leaf" : null, clean(value.rank), clean(value.dtype) + shapeText(value.shape)].filter(Boolean).join(" · ")),
       this.content(value),
-      leaf ? this.chain(id) : null,
+      leaf ? this.chain(id) : this.gradientOf(value),
       facts([["made by", value.producer !== null && value.producer !== undefined ? this.opLink(value.producer) : "outside"], ["used by", this.links(users, this.opLink)],
         ["saved by", this.links(value.saved_by, this.opLink)], ["view of", value.view_of !== null && value.view_of !== undefined ? this.valueLink(value.view_of) : null],
         ["device", clean(value.device)], ["strides", shapeText(value.strides)], ["bytes", bytes(value.bytes)], ["storage", `${value.storage}, version ${value.version}`],
         ["requires grad", value.requires_grad ? "yes" : "no"], ["hooks", value.hooks.map(clean).join(", ")]]),
       value.producer !== null && value.producer !== undefined ? sourceBlock(model.ops.get(value.producer)?.source) : null);
+  }
+
+  // What arrived at the output of the operation that made it.
+  gradientOf(value) {
+    const op = this.model.ops.get(value.producer), { backward } = this.app;
+    const at = op && backward ? backward.stepsOfOp.get(op.id)?.[0] : undefined;
+    if (at === undefined || backward.steps[at].into.length !== op.outputs.length) return null;
+    return make("section", {}, make("h3", {}, "Gradient"), gradientBlock(backward.steps[at].into[op.outputs.indexOf(value.id)]));
   }
 
   chain(id) {
@@ -203,7 +214,8 @@ class Panel {
       else groups.push({ unit, steps: [at] });
     }
     return make("section", { class: "chain" }, title,
-      make("p", {}, `From ${roots} to ${model.title(id)}: ${number(chain.order.length)} steps, ${chain.paths.toLocaleString("en-GB")} ${chain.paths === 1n ? "path" : "paths"}, ${plural(joins, "join")}.`),
+      make("p", { class: "told", title: chain.paths > MANY_PATHS ? WHOLE.format(chain.paths) + " paths" : null },
+        `From ${roots} to ${model.title(id)}: ${plural(chain.order.length, "step")}, ${pathsText(chain.paths)}, ${plural(joins, "join")}.`),
       make("ol", {}, groups.map((group) => (group.steps.length === 1 ? this.chainStep(backward, chain, group.steps[0]) : this.chainGroup(backward, chain, group)))));
   }
 

@@ -21,19 +21,22 @@ class Tree {
 
   render() {
     this.refocus ||= this.element.contains(document.activeElement);
-    this.rows.clear();
-    const rows = [];
+    const before = this.rows, rows = [];
+    this.rows = new Map();
     const add = (box, depth) => {
       const children = box.children.filter((c) => c.kind !== "input");
       children.forEach((child, i) => {
-        const row = this.row(child, depth, i + 1, children.length);
+        const old = before.get(child.key), expanded = child.container ? String(child.open) : null;
+        const row = old && old.getAttribute("aria-expanded") === expanded ? old : this.row(child, depth, i + 1, children.length);
         this.rows.set(child.key, row);
         rows.push(row);
         if (child.container && child.open) add(child, depth + 1);
       });
     };
     add(this.app.model.root, 1);
-    this.element.replaceChildren(...rows);
+    const wanted = new Set(rows);
+    for (const row of before.values()) if (!wanted.has(row)) row.remove();
+    rows.forEach((row, i) => { if (this.element.children[i] !== row) this.element.insertBefore(row, this.element.children[i] || null); });
     if (!this.rows.has(this.stop)) this.stop = this.rows.keys().next().value;
     this.rows.get(this.stop)?.setAttribute("tabindex", 0);
     this.mark();
@@ -53,7 +56,7 @@ class Tree {
     const row = make("div", { role: "treeitem", "data-key": box.key, tabindex: -1, "aria-level": depth, "aria-posinset": position, "aria-setsize": size, class: box.kind,
       "aria-expanded": box.container ? String(box.open) : null },
     make("span", { class: "twist", "aria-hidden": "true" }, box.container ? (box.open ? "▾" : "▸") : box.value !== undefined ? "◦" : ""),
-    make("span", { class: "text" }, boxTitle(model, box)),
+    make("span", { class: "text" }, box.value === undefined ? boxTitle(model, box) : model.shortTitle(box.value, box.parent)),
     make("span", { class: "quiet" }, box.value !== undefined ? shapeText(model.values.get(box.value).shape) : box.container ? box.className ? clean(box.className) : plural(box.nOps, "op") : boxSubtitle(model, box)));
     row.style.paddingLeft = 0.2 + 0.8 * (depth - 1) + "rem";
     return row;
@@ -116,7 +119,7 @@ class Search {
     for (const box of model.boxes.values()) {
       if (box === model.root || box.value !== undefined) continue;
       const op = model.ops.get(box.op);
-      const more = op ? sourceText(op.source) + " " + clean(op.module) : clean(box.path || box.className || "");
+      const more = op ? sourceText(op.source) + " " + clean(op.module) : [box.className, plural(box.nOps, "op")].filter(Boolean).map(clean).join(" · ");
       this.all.push({ kind: box.kind, text: op ? clean(op.label) : clean(box.path || box.name), more, full: op ? clean(op.name) + " " + clean(op.source.text) : "", box });
     }
     for (const value of model.doc.values) {

@@ -52,10 +52,12 @@ class App {
     this.settle();
   }
 
+  // What needs the layout of the page comes after all changes, so that it is made once.
   settle() {
-    this.drawing.settle();
+    this.drawing.clear();
     this.tree.settle();
     this.panel.settle();
+    this.drawing.settle();
   }
 
   head() {
@@ -257,7 +259,7 @@ class App {
   // Unfolds what holds the box, chooses it and brings it into view.
   reveal(box) {
     const closed = this.model.path(box.parent || box).filter((b) => b !== box && !b.open);
-    for (const b of closed) { b.open = true; this.drawing.layout.forget(b); }
+    for (const b of closed) { b.open = true; this.drawing.layout.forget(b.parent); }
     if (closed.length) { this.drawing.render(); this.tree.render(); }
     this.select(box.key);
     const shown = this.drawing.shown.get(box.key);
