@@ -23,6 +23,7 @@ ROOMS = [
     "train",
     "infer",
     "interop",
+    "grad",
     "report",
     "api",
     "cli",

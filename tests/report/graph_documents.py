@@ -1,6 +1,7 @@
 """Documents of `kiem explain --html` made by hand: the small sigmoid program, a deep GPT, and a hostile one."""
 
 import math
+from random import Random
 
 HOSTILE = "</script><script>alert(1)</script>\u2028<img src=x onerror=alert(2)>"
 
@@ -130,7 +131,7 @@ def step(op, node, into, out=(), targets=(), leaf=None, kernels=("aten.mul.Tenso
 
 
 def sigmoid() -> dict:
-    """z = w·x + b; a = sigmoid(z); loss = a·a: w = 0.5, x = 2, b = -1, so a = 0.5; both factors of a·a are a, which joins."""
+    """a = sigmoid(w·x + b), loss = a·w + a, at w = 0.5, x = 2, b = -1: a = 0.5; gradients join at a and at w."""
     make = Builder()
     x = make.value("x", data=2.0, requires_grad=False)
     w, b = make.value("w", data=0.5), make.value("b", data=-1.0)
@@ -297,7 +298,7 @@ def _backward(make: Builder, made, loss: int) -> dict:
     """Reverse order, a step for each operation and each leaf; norms fall slowly with depth."""
     values = make.document["values"]
     position, leaves = {}, []
-    for op, inputs in reversed(made):
+    for op, _ in reversed(made):
         position[op] = len(position)
     for _, inputs in made:
         leaves += [
@@ -372,18 +373,25 @@ def hostile() -> dict:
 
 
 def peculiar() -> dict:
-    """A custom Function with what ran inside it, an operation in place, a random one, an optimizer, two backward calls, an error."""
+    """A custom Function and what ran in it, an optimizer, random and in-place operations, two backwards, an error."""
     make = Builder("peculiar.py")
     x = make.value("x", (4, 8), requires_grad=False)
     w = make.value("w", (8, 3), parameter=True)
-    h = make.op("Clamp", [("x", x), ("w", w)], (4, 3), kind="function", name="h", module="net.clamp", module_class="Clamp")
+    h = make.op(
+        "Clamp", [("x", x), ("w", w)], (4, 3), kind="function", name="h", module="net.clamp", module_class="Clamp"
+    )
     outer = make.producer(h)
     inner = make.op("mm", [("self", x), ("mat2", w)], (4, 3), parent=outer, module="net.clamp", node="")
     make.op("clamp", [("self", inner)], (4, 3), parent=outer, module="net.clamp", node="")
     d = make.op("native_dropout", [("input", h)], (4, 3), random=True, module="net", module_class="Net")
     d = make.op("mul_", [("self", d)], (4, 3), mutates=[d], region="checkpoint", module="net", module_class="Net")
     loss = make.op("sum", [("self", d)], name="loss", data=2.5)
-    make.op("linear", [("input", h), ("weight", w)], (4, 4), error="RuntimeError: shapes (4, 3) and (8, 3) cannot be multiplied")
+    make.op(
+        "linear",
+        [("input", h), ("weight", w)],
+        (4, 4),
+        error="RuntimeError: shapes (4, 3) and (8, 3) cannot be multiplied",
+    )
     make.op("_foreach_add_", [("self[0]", w)], (8, 3), region="optimizer", grad_enabled=False, mutates=[w], node="")
     small = gradient([[0.1, -0.2, 0.3]] * 4, (4, 3), 0.75)
     steps = [
@@ -398,6 +406,36 @@ def peculiar() -> dict:
         {"source": source(21, "loss.backward()"), "roots": [loss], "steps": steps},
     ]
     failed = source(12, "y = linear(h, w)", "forward")
-    make.document["failure"] = {"kind": "RuntimeError", "message": "shapes (4, 3) and (8, 3) cannot be multiplied", "source": failed,
-                                "explanation": "The last dimension of h, 3, must equal the last of w, 8."}
+    make.document["failure"] = {
+        "kind": "RuntimeError",
+        "message": "shapes (4, 3) and (8, 3) cannot be multiplied",
+        "source": failed,
+        "explanation": "The last dimension of h, 3, must equal the last of w, 8.",
+    }
+    return make.document
+
+
+def chance(seed: int) -> dict:
+    """Any graph: modules called again, far uses, gradients to some, functions with operations inside."""
+    random = Random(seed)
+    make = Builder(f"chance {seed}")
+    values = [make.value(f"w{i}", (2, 2), parameter=random.random() < 0.5) for i in range(4)]
+    modules = ["", "a", "a.b", "a.b.c", "a.d", "e", "e.f"]
+    outer = None
+    for i in range(random.randint(1, 90)):
+        name = random.choice(["mm", "add", "relu", "view"])
+        inputs = [(f"in{k}", random.choice(values[-30:] + values[:4])) for k in range(random.randint(0, 3))]
+        chosen = random.random()
+        more = {"kind": "function"} if chosen < 0.1 else {"parent": outer} if outer is not None and chosen < 0.4 else {}
+        values.append(make.op(name, inputs, (2, 2), module=random.choice(modules), **more))
+        outer = i if "kind" in more else outer
+    order = list(reversed(range(len(make.document["ops"]))))
+    place = {op: at for at, op in enumerate(order)}
+    steps = []
+    for op in order:
+        goals = [make.producer(v) for _, v in make.document["ops"][op]["inputs"]]
+        targets = [place[g] if g is not None and random.random() < 0.8 else None for g in goals]
+        out = [gradient(None, (2, 2), 0.0)] * len(goals)
+        steps.append(step(op, "Node", [gradient(None, (2, 2), 1.0)], out, targets))
+    make.document["backwards"] = [{"source": source(1), "roots": values[-1:], "steps": steps}]
     return make.document

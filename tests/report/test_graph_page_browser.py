@@ -107,7 +107,8 @@ def test_chain_rule_of_a_leaf_with_joins(open_page):
     assert joins == [
         "2 contributions join from add step 1 float32[] 1 from mul step 2 float32[] 0.5 sum 1.5 arrived float32[] 1.5 "
         "relative difference of the sum 0",
-        "2 contributions join from mul step 2 float32[] 0.5 from mul step 5 float32[] 0.75 sum 1.25 .grad gets float32[] 1.25 "
+        "2 contributions join from mul step 2 float32[] 0.5 from mul step 5 float32[] 0.75 sum 1.25 "
+        ".grad gets float32[] 1.25 "
         "relative difference of the sum 0",
     ]
     assert page.locator(BOX + ".away").filter(has_text="b =").count() == 1
@@ -167,7 +168,8 @@ def test_long_chains_are_folded_by_module(open_page, gpt):
     assert 40 < groups.count() < 60
     group = groups.filter(has_text="model.blocks.40 ")
     group.locator("summary").click()
-    assert group.locator("li").nth(1).locator(".formula").count() >= 1
+    group.locator("ol > li").last.wait_for()
+    assert group.locator(".formula").count() >= 34
     assert group.locator("ol > li").count() == int(group.locator("summary").inner_text().split()[1])
 
 
@@ -357,6 +359,56 @@ def test_a_program_without_modules_is_grouped(open_page):
     page = open_page(make.document)
     assert page.locator(BOX).count() < 120
     assert box(page, "+ part3()").count() == 1
+    box(page, "+ part3()").click()
+    assert box(page, "+ op 750 to op 779").count() == 1
+
+
+def test_functions_regions_and_what_is_peculiar_are_told(open_page):
+    page = open_page(DOCUMENTS["peculiar"]())
+    assert "program.py:12" in page.locator("#failure").inner_text()
+    assert page.locator(BOX + ".failed .title").all_text_contents() == ["linear"]
+    told = page.locator(BOX + " .sub").all_text_contents()
+    for text in ("program.py:4 · random", "program.py:5 · checkpoint · in place", "program.py:8 · in place · no_grad"):
+        assert text in told
+    assert box(page, "− Clamp").count() == 1  # the custom Function, unfolded
+    assert box(page, "− optimizer").count() == 1
+    box(page, "mul_").click()
+    assert "0.1 -0.2 0.3" in panel(page)
+    page.locator("#call").select_option(label="call 1 program.py:20")
+    page.locator(BOX + ".trained").first.click()
+    assert "Chain rule in backward 1 From loss to w: 5 steps, 1 path, 0 joins." in panel(page)
+
+
+def test_what_is_hidden_is_marked_on_the_box_that_holds_it(open_page, gpt):
+    page = open_page(gpt)
+    box(page, "+ 5").click()
+    page.locator("#panel").get_by_text("model.blocks.5.attn.query.bias", exact=True).click()
+    assert page.locator(BOX + ".selected .title").text_content() == "+ attn"
+    assert page.locator(BOX + ".folded.away .title").filter(has_text="+ 4").count() == 1
+    assert page.locator(BOX + ".folded.away .title").filter(has_text="+ 6").count() == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_graph_unfolds_and_steps(open_page, seed):
+    document = DOCUMENTS["chance"](seed)
+    page = open_page(document)
+    page.locator("#unfold").click()
+    assert page.locator(BOX + ".folded").count() == 0
+    assert page.locator(BOX + ".op, " + BOX + ".frame").count() >= len(document["ops"])
+    page.locator("#colour").select_option("gradient")
+    for leaf in page.locator(BOX + ".trained").all():
+        leaf.click(force=True)
+    page.locator("#step").focus()
+    for _ in range(40):
+        page.keyboard.press("ArrowRight")
+    page.locator("#fold").click()
+
+
+def test_an_empty_document(open_page):
+    page = open_page(DOCUMENTS["Builder"]().document)
+    page.locator("#fit").click()
+    page.locator("#tab-tensors").click()
+    assert page.locator("#rows").inner_text() == "0 of 0 tensors"
 
 
 def test_narrow_screen(open_page, gpt):
@@ -374,7 +426,7 @@ def test_theme_and_motion(open_page):
     page.locator("#theme").click()
     page.locator("#theme").click()
     assert page.evaluate(paper) == "rgb(21, 23, 26)"
-    assert page.locator(BOX).first.evaluate("e => getComputedStyle(e).transitionDuration") == "0s"
+    assert page.locator(BOX + " .body").first.evaluate("e => getComputedStyle(e).transitionDuration") == "0s"
 
 
 UNFOLD = """(title) => {
@@ -395,7 +447,8 @@ def test_a_48_layer_gpt_opens_within_2_s_and_unfolds_within_100_ms(open_page, gp
     steps = sum(len(b["steps"]) for b in gpt["backwards"])
     print(
         f"\n{len(gpt['ops'])} operations, {len(gpt['values'])} tensors, {steps} backward steps: "
-        f"ready after {ready:.0f} ms, unfolding {min(unfolded):.0f} to {max(unfolded):.0f} ms, median {statistics.median(unfolded):.0f} ms"
+        f"ready after {ready:.0f} ms, unfolding {min(unfolded):.0f} to {max(unfolded):.0f} ms, "
+        f"median {statistics.median(unfolded):.0f} ms"
     )
     assert ready < 2000
     assert min(unfolded) < 100  # the fastest of five: what the page needs, not what else the machine does

@@ -184,9 +184,9 @@ class BackwardHooks:
                 call.steps.append(step)
                 if recorder.observer is not None:
                     recorder.observer.node_ran(recorder, step, op, node, into, out)
-                elif recorder.keep:
+                elif recorder.kept.limit != 0:
                     size = sum(g.nbytes for g in (*into, *out) if g is not None)
-                    if recorder.hold(size):
+                    if recorder.kept.claim(size):
                         self.evidence.append((call, step, op, into, () if leaf is not None else out))
                     else:
                         self.evidence.clear()

@@ -30,12 +30,12 @@ class Derivative:
         return math.isfinite(self.error) and self.high - self.low > 2 * self.error
 
 
-def derivative(phi: Callable[[float], tuple[float, float]], step: float = 2.0**-7) -> Derivative:
+def derivative(phi: Callable[[float], tuple[float, float]], step: float = 2.0**-7, unit: float = UNIT, tries: int = 5) -> Derivative:
     """d phi / d e at 0. `phi(e)` gives the value and the sum of the magnitudes of its terms, which bounds its rounding."""
     middle, size = phi(0.0)
     best: Derivative | None = None
-    for _ in range(5):
-        one = _at_step(phi, middle, size, step)
+    for _ in range(tries):
+        one = _at_step(phi, middle, size, step, unit)
         if best is None or not math.isfinite(best.error) or _better(one, best):
             best = one
         scale = abs(one.value) + size * 1e-3
@@ -52,7 +52,7 @@ def _better(one: Derivative, best: Derivative) -> bool:
     return one.error + 0.1 * (0.0 if one.kink else one.asymmetry) < best.error + 0.1 * (0.0 if best.kink else best.asymmetry)
 
 
-def _at_step(phi, middle: float, size: float, step: float) -> Derivative:
+def _at_step(phi, middle: float, size: float, step: float, unit: float) -> Derivative:
     plus, minus = [], []
     for halving in range(3):
         h = step / 2**halving
@@ -62,7 +62,7 @@ def _at_step(phi, middle: float, size: float, step: float) -> Derivative:
     central = [(p + m) / 2 for p, m in zip(plus, minus, strict=True)]
     first = [(4 * central[i + 1] - central[i]) / 3 for i in range(2)]
     value = (16 * first[1] - first[0]) / 15
-    rounding = 8 * UNIT * size / step
+    rounding = 8 * unit * size / step
     error = abs(value - first[1]) + rounding
     # One-sided differences have an error in h, h², ...: two extrapolations.
     sides = []

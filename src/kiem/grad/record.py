@@ -24,6 +24,7 @@ from kiem.grad.backward import BackwardHooks
 from kiem.grad.custom import wrap_functions
 from kiem.grad.fold import Folder
 from kiem.grad.graph import Failure, Graph, Op, Ref, Storage, Value, small_data, statistics
+from kiem.grad.kept import Kept
 from kiem.grad.schema import Signature, signature
 
 MAX_OPS = 200_000
@@ -65,11 +66,7 @@ class Recorder(TorchDispatchMode):
         self.paused = 0
         self.parents: list[int] = []  # custom Functions that are running
         self.by_sequence: dict[int, list[int]] = {}  # number of an autograd node -> operations that may have made it
-        self.kept: dict[int, torch.Tensor] = {}  # inputs of operations, by value
-        self.keep = keep
-        self.kept_all = True
-        self._kept_bytes = 0
-        self._kept_storages: dict[int, set[int]] = {}
+        self.kept = Kept(keep)
         self._storages: dict[int, tuple[StorageWeakRef, Storage]] = {}
         self._objects: dict[int, _Seen] = {}
         self._places: dict[tuple, _Seen] = {}
@@ -143,7 +140,7 @@ class Recorder(TorchDispatchMode):
         written = sign.written(args, kwargs)
         if differentiable and written and written[0][1]._is_view():
             op.base = self.value_of(written[0][1]._base)
-            self._keep(op.base, written[0][1]._base)
+            self.kept.add(self.graph.values[op.base], written[0][1]._base)
         self._before_write([t for _, t in written])
         self.graph.ops.append(op)
         try:
@@ -176,7 +173,7 @@ class Recorder(TorchDispatchMode):
                 value.stats = statistics(tensor)
             value.data = small_data(tensor)
             if op.random:
-                self._keep(value.index, tensor)
+                self.kept.add(value, tensor)
 
     def template(self, args: Any) -> Any:
         """The arguments with Ref in place of each tensor."""
@@ -262,8 +259,14 @@ class Recorder(TorchDispatchMode):
         """Where autograd sends the gradient of this tensor: ("leaf", value), (number of a node, its output), or ()."""
         if not tensor.requires_grad:
             return ()
+        self.graph.values[value].requires_grad = True
         if tensor.grad_fn is None:
             return ("leaf", self.leaf_value(tensor, value))
+        made = self.graph.values[value].producer
+        if made is not None and self.graph.ops[made].label == "detach":
+            # Autograd took the result apart to save it and puts it back where it belongs: no gradient is cut off.
+            op = self.graph.ops[made]
+            op.name, op.call = "aten.alias.default", (torch.ops.aten.alias.default, *op.call[1:])
         return (tensor.grad_fn._sequence_nr(), tensor.output_nr)
 
     def leaf_value(self, tensor: torch.Tensor, value: int | None = None) -> int:
@@ -282,8 +285,7 @@ class Recorder(TorchDispatchMode):
     def _before_write(self, tensors: list[torch.Tensor]) -> None:
         """What is kept of the memory that is about to change is copied first."""
         for tensor in tensors:
-            for index in self._kept_storages.pop(self.storage_of(tensor).index, ()):
-                self.kept[index] = self.kept[index].clone()
+            self.kept.before_write(self.storage_of(tensor).index)
 
     def _after_write(self, tensors: list[torch.Tensor], op: int | None) -> list[int]:
         values = []
@@ -304,44 +306,14 @@ class Recorder(TorchDispatchMode):
 
     def keep_inputs(self, tensors: list[tuple[str, torch.Tensor]], inputs: tuple[tuple[str, int], ...]) -> None:
         """Hold what operations read: verification runs them again."""
-        for (_, tensor), (_, value) in zip(tensors, inputs, strict=True):
-            self._keep(value, tensor)
-
-    def _keep(self, value: int, tensor: torch.Tensor) -> None:
-        if value in self.kept or self.keep == 0:
-            return
-        if not isinstance(tensor, torch.nn.Parameter):
-            self._kept_bytes += self.graph.values[value].nbytes
-        if self.keep is not None and self._kept_bytes > self.keep:
-            self.release(complete=False)
-            self.keep = 0
-            return
-        with torch.no_grad():
-            self.kept[value] = tensor.detach()
-        self._kept_storages.setdefault(self.graph.values[value].storage, set()).add(value)
-
-    def release(self, complete: bool) -> None:
-        """Let go of what was held. `complete`: nothing more is needed; otherwise a later verification is not possible."""
-        self.kept.clear()
-        self._kept_storages.clear()
-        self._kept_bytes = 0
-        self.kept_all = self.kept_all and complete
+        if self.kept.limit != 0:
+            for (_, tensor), (_, value) in zip(tensors, inputs, strict=True):
+                self.kept.add(self.graph.values[value], tensor)
 
     def release_done(self, done: set[int]) -> None:
         """Let go of the inputs of operations whose backward has run; what others of this step still need stays."""
         waiting = [op for op in self.graph.ops[self.folder.start :] if op.edges and op.index not in done]
-        needed = {v for op in waiting for _, v in op.inputs} | {op.base for op in waiting}
-        self.kept = {v: t for v, t in self.kept.items() if v in needed}
-        self._kept_storages = {s: left for s, kept in self._kept_storages.items() if (left := kept & needed)}
-
-    def hold(self, nbytes: int) -> bool:
-        """Whether so many further bytes may be held for a later verification."""
-        if self.keep is not None:
-            self._kept_bytes += nbytes
-            if self._kept_bytes > self.keep:
-                self.release(complete=False)
-                self.keep = 0
-        return self.keep != 0
+        self.kept.keep_only({v for op in waiting for _, v in op.inputs} | {op.base for op in waiting})
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
@@ -380,8 +352,7 @@ class Recorder(TorchDispatchMode):
         self._leaves = {i: (t, v - by if v >= values else v) for i, (t, v) in self._leaves.items() if t() is not None}
         self.by_sequence = {n: kept for n, made in self.by_sequence.items() if (kept := [i for i in made if i < ops])}
         self._writer = {s: (None, None) if (v or 0) >= values else (o, v) for s, (o, v) in self._writer.items()}
-        self.kept = {i: t for i, t in self.kept.items() if i < values}
-        self._kept_storages = {s: {i for i in kept if i < values} for s, kept in self._kept_storages.items()}
+        self.kept.keep_only({v for v in self.kept.tensors if v < values})
         self.backward.evidence = [e for e in self.backward.evidence if e[0].index < len(self.graph.backwards)]
 
 

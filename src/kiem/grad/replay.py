@@ -14,6 +14,9 @@ import torch
 
 from kiem.grad.graph import Graph, Op, Ref
 
+# Their backward looks for the elements that equal the result: noise on the result would leave none.
+COMPARING = frozenset({"amax", "amin", "max", "min", "scatter_reduce", "median", "nanmedian", "aminmax", "linalg_vector_norm"})
+
 Tensors = dict[int, torch.Tensor]  # by value
 
 
@@ -28,38 +31,38 @@ def widen(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _wide_argument(value: Any, tensors: Tensors) -> Any:
+def _argument(value: Any, tensors: Tensors, wide: bool) -> Any:
     if isinstance(value, Ref):
         if value.value not in tensors:
             raise CannotReplay(f"its input %{value.value} was not kept")
         return tensors[value.value]
-    if isinstance(value, torch.dtype):
+    if isinstance(value, torch.dtype) and wide:
         return torch.complex128 if value.is_complex else torch.float64 if value.is_floating_point else value
     if isinstance(value, list | tuple):
-        return type(value)(_wide_argument(v, tensors) for v in value)
+        return type(value)(_argument(v, tensors, wide) for v in value)
     if isinstance(value, dict):
-        return {k: _wide_argument(v, tensors) for k, v in value.items()}
+        return {k: _argument(v, tensors, wide) for k, v in value.items()}
     return value
 
 
-def run_op(op: Op, tensors: Tensors, recorded: Tensors) -> tuple[torch.Tensor | None, ...]:
-    """One operation on float64 inputs. `recorded`: what the program's own tensors were."""
+def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tuple[torch.Tensor | None, ...]:
+    """One operation on float64 inputs, or if not `wide` in its own types. `recorded`: what the program's own tensors were."""
     func, args, kwargs = op.call
     if op.random:
         return _random(op, tensors, recorded)
-    args, kwargs = _wide_argument(args, tensors), _wide_argument(kwargs, tensors)
+    args, kwargs = _argument(args, tensors, wide), _argument(kwargs, tensors, wide)
     if op.label == "detach":
         return (args[0].view_as(args[0]),)
-    if op.label in ("_softmax", "_log_softmax"):
+    if wide and op.label in ("_softmax", "_log_softmax"):
         args = (*args[:2], False)
-    if op.label == "_to_copy" and torch.is_tensor(args[0]):
+    if wide and op.label == "_to_copy" and torch.is_tensor(args[0]):
         return (args[0].clone(),) if args[0].is_floating_point() else (func(*args, **kwargs),)
     out = func(*args, **kwargs)
     outputs = tuple(out) if isinstance(out, list | tuple) else (out,)
     if op.mutates and not any(isinstance(o, torch.Tensor) for o in outputs):
         outputs = tuple(tensors[v] for v in _written(op))
     return tuple(
-        widen(o) if o.is_floating_point() or o.is_complex() else recorded.get(v, o)
+        (widen(o) if wide else o) if o.is_floating_point() or o.is_complex() else recorded.get(v, o)
         for v, o in zip(op.outputs, (o for o in outputs if isinstance(o, torch.Tensor)), strict=False)
     )
 
@@ -93,11 +96,13 @@ def _random(op: Op, tensors: Tensors, recorded: Tensors) -> tuple[torch.Tensor |
 class Replay:
     """Operations of a graph as a function of some of their inputs, in float64."""
 
-    def __init__(self, graph: Graph, ops: Iterable[Op], recorded: Tensors, cut: bool):
+    def __init__(self, graph: Graph, ops: Iterable[Op], recorded: Tensors, cut: bool, wide: bool = True):
+        self.wide = wide
         self.graph = graph
         self.ops = list(ops)
         self.recorded = recorded
         self.cut = cut
+        self._indices = {op.index for op in self.ops}
         self._frozen: Tensors = {}  # what a detach gave: a constant
 
     def run(self, given: Tensors, noise: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Tensors:
@@ -112,12 +117,12 @@ class Replay:
                     self._frozen[op.outputs[0]] = tensors[op.inputs[0][1]].detach().clone()
                 outputs = (self._frozen[op.outputs[0]],)
             elif op.kind == "op":
-                outputs = run_op(op, tensors, self.recorded)
+                outputs = run_op(op, tensors, self.recorded, self.wide)
             else:
                 continue  # its children follow, and its outputs are found through them
             for value, output in zip(op.outputs, outputs, strict=False):
                 if isinstance(output, torch.Tensor) and value not in given:
-                    if noise is not None and not op.mutates and self.graph.values[value].base is None:
+                    if noise is not None and op.label.rstrip("_") not in COMPARING and self.graph.values[value].base is None:
                         output = noise(output)
                     tensors[value] = output
         return tensors
@@ -125,18 +130,19 @@ class Replay:
     def _find(self, index: int, tensors: Tensors) -> torch.Tensor:
         """A value that no operation of this replay made: seen through an alias, handed out by a custom Function, or from outside."""
         value = self.graph.values[index]
-        if value.producer is not None:
-            producer = self.graph.ops[value.producer]
-            if value.output < 0 and value.base is not None and self.graph.values[value.base].shape == value.shape:
+        producer = None if value.producer is None else self.graph.ops[value.producer]
+        if producer is not None and producer.kind != "op":
+            for other in reversed(self.graph.values[:index]):
+                if other.index in tensors and (other.storage, other.version, other.shape, other.offset) == (
+                        value.storage, value.version, value.shape, value.offset):
+                    return tensors[other.index]
+        elif value.producer in self._indices and value.output < 0 and value.base is not None:
+            if self.graph.values[value.base].shape == value.shape:
                 return self.find(value.base, tensors)
-            if producer.kind != "op":
-                for other in reversed(self.graph.values[:index]):
-                    if (other.storage, other.version, other.shape, other.offset) == (
-                        value.storage, value.version, value.shape, value.offset) and other.index in tensors:
-                        return tensors[other.index]
         if index not in self.recorded:
             raise CannotReplay(f"its input %{index} was not kept")
-        return widen(self.recorded[index]).clone()
+        found = self.recorded[index]
+        return (widen(found) if self.wide else found).clone()
 
     def find(self, index: int, tensors: Tensors) -> torch.Tensor:
         """A value after `run`."""

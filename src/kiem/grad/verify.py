@@ -73,7 +73,7 @@ class Verifier:
         if recorder.graph.repeats and recorder.graph.repeats[-1].times > PASSES:
             return
         began = time.perf_counter()
-        self.result.verdicts.append(check_safely(recorder.graph, op, step, recorder.kept, into, out))
+        self.result.verdicts.append(check_safely(recorder.graph, op, step, recorder.kept.tensors, into, out))
         self.result.verdicts[-1].backward = call.index
         self.result.seconds += time.perf_counter() - began
 
@@ -83,7 +83,7 @@ class Verifier:
             began = time.perf_counter()
             leaves = {leaf: grad for (index, leaf), grad in self._leaves.items() if index == call.index}
             roots = {key: grad for (index, key), grad in self._roots.items() if index == call.index}
-            verdicts, notes = whole_verdicts(recorder.graph, call, recorder.kept, leaves, roots)
+            verdicts, notes = whole_verdicts(recorder.graph, call, recorder.kept.tensors, leaves, roots)
             self.result.parameters += [(call.index, v) for v in verdicts]
             for note in notes:
                 self._note(note)

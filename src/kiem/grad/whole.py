@@ -37,8 +37,9 @@ class _Whole:
             for (_, value), edge in zip(op.inputs, op.edges, strict=False):
                 if edge and edge[0] == "leaf":
                     self.shown[value] = edge[1]
-        first = {leaf: value for value, leaf in reversed(self.shown.items())}
-        self.leaves = {leaf: widen(recorded[value]) for leaf, value in first.items() if leaf in leaves and value in recorded}
+        self.base = {v: widen(recorded[v]) for v, leaf in self.shown.items() if leaf in leaves and v in recorded}
+        first = {leaf: v for v, leaf in reversed(self.shown.items()) if v in self.base}
+        self.leaves = {leaf: self.base[v] for leaf, v in first.items()}
         if not self.leaves:
             raise CannotReplay("what the leaves held was not kept")
         self.changes = any(op.mutates for op in self.ops)
@@ -56,44 +57,53 @@ class _Whole:
             found.append(widen(roots[key]))
         return found
 
-    def value(self, leaves: Tensors, noise=None) -> list[torch.Tensor]:
-        """The roots as a function of the leaves."""
+    def value(self, moves: Tensors, noise=None) -> list[torch.Tensor]:
+        """The roots as a function of what is added to the leaves, wherever each is read (it may have changed in between)."""
+        given = {v: x if (leaf := self.shown[v]) not in moves else x + moves[leaf] for v, x in self.base.items()}
         if self.changes:
-            leaves = {leaf: x.clone() for leaf, x in leaves.items()}
-        given = {value: leaves[leaf] for value, leaf in self.shown.items() if leaf in leaves}
+            given = {v: x.clone() for v, x in given.items()}
+        if noise is not None:
+            given = {v: x * (1 + self._noise(x)) for v, x in given.items()}
         tensors = self.replay.run(given, noise)
         return [self.replay.find(v, tensors) for v in self.call.roots]
 
     def _reproduces(self) -> None:
         with torch.no_grad():
-            outputs = self.value(self.leaves)
+            outputs = self.value({})
         for value, output in zip(self.call.roots, outputs, strict=True):
             stats = self.graph.values[value].stats
             norm = float(torch.linalg.vector_norm(output))
             if not abs(norm - stats.norm) <= self.unit * (1e4 + len(self.ops)) * max(norm, stats.norm):
                 raise CannotReplay(f"run again in float64 the loss is {norm:.6g}, in the program {stats.norm:.6g}")
 
-    def gradients(self, noise=None, shake: bool = False) -> Tensors:
-        """By torch, through the operations inside every custom Function, in float64."""
-        leaves = {leaf: (self._shake(x) if shake else x.clone()).requires_grad_() for leaf, x in self.leaves.items()}
-        with torch.enable_grad():
-            roots = self.value(leaves, noise)
-            grads = torch.autograd.grad(roots, list(leaves.values()), self.cotangents, allow_unused=True)
-        return {leaf: torch.zeros_like(self.leaves[leaf]) if g is None else g for leaf, g in zip(leaves, grads, strict=True)}
+    def _sides(self, leaf: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient a little to both sides of what the leaf holds."""
+        beside = 2.0**-20 * self._direction(self.leaves[leaf])
+        return self.gradients(at={leaf: beside})[leaf], self.gradients(at={leaf: -beside})[leaf]
 
-    def _shake(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor * (1 + NOISE * torch.randn(tensor.shape, dtype=torch.float64, generator=self.generator).to(tensor.device))
+    def gradients(self, noise=None, at: Tensors | None = None) -> Tensors:
+        """By torch, through the operations inside every custom Function, in float64."""
+        moves = {
+            leaf: (at[leaf].clone() if at and leaf in at else torch.zeros_like(x)).requires_grad_()
+            for leaf, x in self.leaves.items()
+        }
+        with torch.enable_grad():
+            grads = torch.autograd.grad(self.value(moves, noise), list(moves.values()), self.cotangents, allow_unused=True)
+        return {leaf: torch.zeros_like(self.leaves[leaf]) if g is None else g for leaf, g in zip(moves, grads, strict=True)}
+
+    def _noise(self, x: torch.Tensor) -> torch.Tensor:
+        return NOISE * torch.randn(x.shape, dtype=torch.float64, generator=self.generator).to(x.device)
 
     def _shake_saved(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point():
-            tensor.data.copy_(self._shake(tensor.data))
+            tensor.data.mul_(1 + self._noise(tensor))
         return tensor
 
     def numeric(self, directions: Tensors):
         """The derivative of the loss along directions of leaves."""
 
         def phi(e: float) -> tuple[float, float]:
-            outputs = self.value(self.leaves | {leaf: self.leaves[leaf] + e * d for leaf, d in directions.items()})
+            outputs = self.value({leaf: e * d for leaf, d in directions.items()})
             terms = [c * y for c, y in zip(self.cotangents, outputs, strict=True)]
             return sum(float(t.sum()) for t in terms), sum(float(t.abs().sum()) for t in terms)
 
@@ -105,7 +115,7 @@ class _Whole:
         reference = self.gradients()
         squares = {leaf: torch.zeros_like(x) for leaf, x in reference.items()}
         for _ in range(REPEATS):
-            for leaf, other in self.gradients(self._shake_saved, shake=True).items():
+            for leaf, other in self.gradients(self._shake_saved).items():
                 squares[leaf] += ((other - reference[leaf]) / NOISE).square() / REPEATS
         directions = {leaf: self._direction(x) for leaf, x in self.leaves.items()}
         joint = self.numeric(directions)
@@ -128,7 +138,7 @@ class _Whole:
                 shift = total - inner(reference[leaf], along)
                 number = type(joint)(joint.value - shift, joint.error, joint.low - shift, joint.high - shift)
             judge(result, widen(self.got[leaf]), reference[leaf], moved, self.unit, along, number,
-                  lambda there, leaf=leaf: self.numeric({leaf: there}))
+                  lambda there, leaf=leaf: self.numeric({leaf: there}), lambda leaf=leaf: self._sides(leaf))
             if leaf in hooked:
                 result.verdict = "hook"
                 notes.append(f"{name}: a hook changes its gradient ({', '.join(value.hooks) or 'of a node'})")

@@ -1,7 +1,7 @@
 """The page of `kiem explain --html`: a recorded graph to look at, one file that needs no network.
 
-A Content-Security-Policy forbids every request and every script and style but the page's own, which it names by their hash.
-The document is JSON that cannot leave its element; the script shows its text only as text.
+A Content-Security-Policy forbids every request, and every script and style but the page's own, which it names by their
+hash. The document is JSON that cannot leave its element; the script shows its text only as text.
 """
 
 import math

@@ -142,6 +142,7 @@ class Drawing {
       element.classList.toggle("selected", state.selected);
       element.classList.toggle("current", state.current);
       element.classList.toggle("away", state.away);
+      if (state.selected || state.current) element.setAttribute("aria-current", "true"); else element.removeAttribute("aria-current");
       element.setAttribute("aria-label", this.spoken(shown));
       if (box && box.container) element.setAttribute("aria-expanded", String(box.open)); else element.removeAttribute("aria-expanded");
       const colour = box ? app.colourOf(box) : null;
@@ -157,7 +158,7 @@ class Drawing {
       const gradient = backward ? gradientText(backward, edge) : null;
       write(label, backward ? gradient || "" : edge.shape);
       const on = app.edgeOnPath(edge);
-      path.setAttribute("class", "edge" + (backward && !gradient ? " none" : "") + (on === true ? " path" : on === false ? " away" : ""));
+      path.setAttribute("class", "edge" + (backward && !gradient ? " none" : "") + (on === true ? " path" : on === false ? " away" : "") + (app.value !== null && edge.links.some((link) => link.value === app.value) ? " picked" : ""));
       label.setAttribute("class", "label" + (on === false ? " away" : ""));
       const arrow = `url(#arrow-${on === true ? "path" : backward ? "backward" : "forward"})`;
       if (backward) { path.removeAttribute("marker-end"); if (gradient) path.setAttribute("marker-start", arrow); }
@@ -204,6 +205,9 @@ class Drawing {
     if (way) this.focus(this.nearest(at, way));
     else if (event.key === "Enter" || event.key === " ") this.activate(at);
     else if (event.key === "Escape" || event.key === "Backspace") this.app.foldParent(at);
+    else if (event.key === "+" || event.key === "=") this.by(1.3);
+    else if (event.key === "-") this.by(1 / 1.3);
+    else if (event.key === "0") this.fit();
     else if (event.key === "Home") this.focus([...this.shown.values()][0]);
     else return;
     event.preventDefault();
@@ -252,7 +256,7 @@ class Drawing {
   // Whole, or as the page opens: as wide as fits and still readable, from the top.
   fit(whole = true) {
     this.resize();
-    const { width, height } = this.layout.of(this.model.root), [across, down] = this.size;
+    const { width, height } = this.layout.of(this.model.root), [across, all] = this.size, down = all - 44; // the legend's room
     const byWidth = (across - 16) / width, byHeight = (down - 16) / height;
     const k = whole ? Math.min(1.2, Math.max(0.05, Math.min(byWidth, byHeight))) : Math.min(1, Math.max(0.55, Math.min(byWidth, Math.max(byHeight, 0.75))));
     this.moveTo((across - width * k) / 2, Math.max(8, (down - height * k) / 2), k);

@@ -79,6 +79,7 @@ class Layout {
 
   compute(box) {
     const { nodes, edges } = level(this.model, box);
+    if (!nodes.size) return { nodes: [], edges: [], width: 1, height: 1 };
     const graph = new KiemVendor.graphlib.Graph();
     graph.setGraph({ rankdir: "TB", nodesep: 22, edgesep: 14, ranksep: 30, marginx: PADDING, marginy: PADDING });
     graph.setDefaultEdgeLabel(() => ({}));
@@ -101,7 +102,7 @@ class Layout {
       edge.at = { x: at.x, y: at.y };
     }
     const size = graph.graph();
-    return { nodes: [...nodes.values()], edges, width: size.width || 0, height: size.height || 0 };
+    return { nodes: [...nodes.values()], edges, width: size.width, height: size.height };
   }
 
   measure(parent, node) {

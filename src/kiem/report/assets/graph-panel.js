@@ -260,7 +260,7 @@ class Panel {
     const sum = arrived.length === 1 ? addData(given.map(({ gradient }) => gradient?.data)) : null;
     return make("div", { class: "join" }, make("div", {}, `${given.length} contributions join`), make("ul", {}, rows),
       sum === null ? null : make("div", { class: "flow sum" }, make("span", {}, "sum"), dataBlock(sum)),
-      make("div", { class: "flow" }, make("span", {}, step.leaf !== null && step.leaf !== undefined ? ".grad gets" : "arrived"), ...arrived.map(gradientBlock)),
+      make("div", { class: "flow" }, make("span", {}, step.leaf !== null && step.leaf !== undefined ? ".grad gets" : sum === null ? "arrived, their sum" : "arrived"), ...arrived.map(gradientBlock)),
       sum === null ? null : make("div", { class: "quiet" }, sumCheck(sum, arrived[0], step.changed_by_hook)));
   }
 }

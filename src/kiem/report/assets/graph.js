@@ -168,11 +168,12 @@ class App {
     return this.now.leaf !== null && this.now.leaf !== undefined ? this.model.boxOfLeaf.get(this.now.leaf) || null : null;
   }
 
-  stateOf(shown) {
-    const now = this.boxNow(), current = Boolean(now && shown.box && this.model.visible(now) === shown.box);
-    const selected = Boolean(shown.box ? shown.box === this.selected : this.value !== null && shown.node.values.length === 1 && shown.node.values[0] === this.value);
-    const away = Boolean(this.chain && shown.box && !shown.node.inside && !this.chain.boxes.has(shown.box.key)) || Boolean(this.chain && !shown.box);
-    return { selected, current, away };
+  stateOf({ box, node }) {
+    const { model, chain } = this, now = this.boxNow();
+    const stands = (wanted) => Boolean(wanted && box && model.visible(wanted) === box);
+    const selected = box ? stands(this.selected) : this.value !== null && node.values.length === 1 && node.values[0] === this.value;
+    const away = Boolean(chain && !node.inside && !(box ? chain.boxes.has(box.key) : node.values.some((id) => chain.values.has(id))));
+    return { selected, current: stands(now), away };
   }
 
   // True: the edge lies on the chain to the chosen leaf; null: no chain is shown.
@@ -186,13 +187,17 @@ class App {
     if (!chain) return;
     chain.boxes = new Set();
     chain.links = new Set();
+    chain.values = new Set();
     for (const at of chain.order) {
       const step = backward.steps[at];
       const box = step.op !== null && step.op !== undefined ? model.boxOfOp.get(step.op) : model.boxOfLeaf.get(step.leaf);
       for (let b = box; b; b = b.parent) chain.boxes.add(b.key);
       (step.targets || []).forEach((target, i) => {
         const position = target && chain.inside.has(target.step) ? backward.argument(at, i) : null;
-        if (position !== null) chain.links.add(model.ops.get(step.op).inputs[position][1] + " " + step.op);
+        if (position === null) return;
+        const value = model.ops.get(step.op).inputs[position][1];
+        chain.links.add(value + " " + step.op);
+        chain.values.add(value);
       });
     }
   }
