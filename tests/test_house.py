@@ -25,7 +25,10 @@ ROOMS = [
     "interop",
     "grad",
     "report",
+    "trace",
     "api",
+    "console",
+    "cli_inspect",
     "cli",
 ]
 # Measures with real training steps, so it stands with the verbs (docs/architecture.md).

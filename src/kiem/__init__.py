@@ -2,6 +2,10 @@
 
     run = kiem.train("gpt2-124m", data=["books/"], tokens="50M")
     print(kiem.load(run.folder).generate("Once upon a time"))
+
+    with kiem.record() as trace:
+        loss.backward()
+    print(trace.verify())
 """
 
 import importlib
@@ -9,7 +13,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-__all__ = ["Run", "evaluate", "load", "plan", "prepare", "train"]
+__all__ = ["Run", "Trace", "evaluate", "load", "plan", "prepare", "record", "train"]
 
 _ROOMS_AND_VERBS = ("plan", "train")
 
@@ -41,6 +45,8 @@ def __getattr__(name: str) -> Any:
         return version("kiem")
     if name in _ROOMS_AND_VERBS:
         return importlib.import_module(f"kiem.{name}")
+    if name in ("Trace", "record"):
+        return getattr(importlib.import_module("kiem.trace"), name)
     if name in __all__:
         return getattr(importlib.import_module("kiem.api"), name)
     raise AttributeError(f"module 'kiem' has no attribute {name!r}")

@@ -1,7 +1,6 @@
 """The command line: each verb reads its arguments, calls its function of api.py, and prints. Nothing heavy loads for
 --help."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -9,11 +8,13 @@ from typing import Any
 
 import click
 
+from kiem.cli_inspect import explain, verify
+from kiem.console import print_json, print_rich, to_stderr
 from kiem.errors import ConfigError, KiemError
 
 EXIT_CODES = """
 \b
-Exit codes: 0 done, 1 a bug of Kiem, 2 arguments or configuration, 3 text or tokenizer, 4 checkpoint or run folder,
+Exit codes: 0 done, 1 a wrong gradient, a program that failed, or a bug of Kiem, 2 arguments or configuration, 3 text or tokenizer, 4 checkpoint or run folder,
             5 a number that is not finite, 6 run folder in use, 7 disk, 130 stopped and saved.
 """
 
@@ -82,7 +83,7 @@ def train(target, overrides, depth, data, tokens, minutes, out, seed, device, qu
     from kiem import api
 
     target, overrides = _split(target, overrides)
-    show = None if as_json or quiet else _to_stderr
+    show = None if as_json or quiet else to_stderr
     run = api.train(
         target,
         data=_sources(data),
@@ -97,11 +98,11 @@ def train(target, overrides, depth, data, tokens, minutes, out, seed, device, qu
         show=show,
     )
     if as_json:
-        _print_json({"run": str(run.folder), "report": run.report})
+        print_json({"run": str(run.folder), "report": run.report})
     else:
         from kiem.report.summary import render_terminal
 
-        _rich(render_terminal(run.report))
+        print_rich(render_terminal(run.report))
         click.echo(f"report: {run.folder / 'report.html'}\nsample: kiem generate {run.folder}")
 
 
@@ -132,7 +133,7 @@ def prepare(sources, config, tokenizer, quiet, as_json) -> None:
         **dataset.report,
     }
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     from kiem.format import bytes_text, integer_text
 
@@ -176,7 +177,7 @@ def evaluate(run, data, device, quiet, as_json) -> None:
 
     found = api.evaluate(run, data=_sources(data), device=device, quiet=quiet)
     if as_json:
-        _print_json(asdict(found))
+        print_json(asdict(found))
     else:
         click.echo(
             f"loss {number_text(found.loss)} nats per token, perplexity {number_text(found.perplexity, 2)}, "
@@ -218,7 +219,7 @@ def generate(
     if as_json or n != 1:
         texts = model.generate([prompt], n=n, **request)
         if as_json:
-            _print_json({"prompt": prompt, "texts": texts, "seed": seed})
+            print_json({"prompt": prompt, "texts": texts, "seed": seed})
         for number, text in enumerate([] if as_json else texts, 1):
             click.echo(f"--- {number}\n{_shown(prompt + text)}")
         return
@@ -250,7 +251,7 @@ def plan(target, overrides, depth, no_measure, as_json) -> None:
 
     target, overrides = _split(target, overrides)
     found = api.plan(target, depth=depth, overrides=overrides, measure=not no_measure)
-    _print_json(found.to_dict()) if as_json else _rich(render(found))
+    print_json(found.to_dict()) if as_json else print_rich(render(found))
 
 
 @cli.command()
@@ -267,6 +268,10 @@ def completion(shell) -> None:
 
     found = get_completion_class(shell)
     click.echo(found(cli, {}, "kiem", "_KIEM_COMPLETE").source())
+
+
+cli.add_command(explain)
+cli.add_command(verify)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -293,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _failed(problem: KiemError, as_json: bool) -> int:
     kind = type(problem).__name__
     if as_json:
-        _print_json({"error": {"kind": kind, "message": str(problem), "exit_code": problem.exit_code}})
+        print_json({"error": {"kind": kind, "message": str(problem), "exit_code": problem.exit_code}})
     from kiem.format import printable
 
     message = "\n".join(map(printable, str(problem).split("\n")))  # it may quote a file's name or its contents
@@ -339,22 +344,6 @@ def _shown(text: str) -> str:
     from kiem.format import printable
 
     return printable(text) if sys.stdout.isatty() else text
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
-
-
-def _rich(renderable: Any) -> None:
-    from rich.console import Console
-
-    Console().print(renderable)
-
-
-def _to_stderr(renderable: Any) -> None:
-    from rich.console import Console
-
-    Console(stderr=True).print(renderable)
 
 
 def script() -> None:

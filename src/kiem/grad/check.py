@@ -5,57 +5,29 @@
 (c) an independent rule, in float64: our table, or, for a custom Function, torch's derivatives of the operations inside it. It is
     believed only after (b) agrees with it, and then shows which element is wrong.
 
-Bounds. An algorithm that is stable errs as if each number in it had been rounded a few times. So the rule is computed again with
-every input, result and arriving gradient changed by relative noise, which shows how far one rounding moves each element:
-`moved`. What is allowed is that times the number of roundings: 8, and for sums of k terms k/4 more in the type that sums are
-kept in. Nothing here is a setting.
+How far (a) may be from (c) is said in judge.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kiem.grad import rules
-from kiem.grad.graph import Graph, Op, Step
+from kiem.grad.graph import BackwardCall, Graph, Op, Step
+from kiem.grad.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge
 from kiem.grad.numeric import Derivative, derivative
 from kiem.grad.replay import CannotReplay, Replay, Tensors, widen
 
-NOISE = 2.0**-26  # relative; far above float64's rounding, far below where formulas stop being straight
-REPEATS = 2
 # Arguments of which an operation reads one triangle: its gradient is only meant along such directions.
 STRUCTURE = {
     ("linalg_cholesky_ex", "self"): "symmetric", ("cholesky", "self"): "symmetric", ("_linalg_eigh", "A"): "symmetric",
     ("cholesky_solve", "input2"): "triangular", ("cholesky_inverse", "self"): "triangular",
     ("linalg_solve_triangular", "self"): "triangular", ("triangular_solve", "A"): "triangular",
 }  # fmt: skip
-
-
-@dataclass(slots=True)
-class InputVerdict:
-    """Of one input. `units`: the largest error in units of the precision of the type; `bound` in the same units."""
-
-    argument: str
-    value: int
-    verdict: str  # ok, wrong, kink
-    dtype: torch.dtype
-    along: float = 0.0  # (a) along the random direction
-    numeric: float = 0.0  # (b)
-    numeric_error: float = 0.0
-    reference: str = ""  # where (c) comes from
-    units: float = 0.0
-    bound: float = 0.0
-    element: tuple[int, ...] | None = None  # the worst
-    expected: float | None = None
-    got: float | None = None
-    wrong_elements: int = 0
-    shape: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -109,20 +81,21 @@ def inside(graph: Graph, op: Op):
             yield other
 
 
-def check(graph: Graph, op: Op, step: Step, recorded: Tensors, into: tuple, out: tuple) -> Verdict:
+def check(graph: Graph, call: BackwardCall, op: Op, step: Step, recorded: Tensors, into: tuple, out: tuple) -> Verdict:
     """Hold one node of a backward call against mathematics. `into`, `out`: its real gradients."""
     try:
-        return _Check(graph, op, step, recorded, into, out).verdict()
+        return _Check(graph, call, op, step, recorded, into, out).verdict()
     except CannotReplay as reason:
         return Verdict(op.index, "unchecked", f"could not be run again: {reason}", closed_form=rules.find(op.name) is not None)
 
 
 class _Check:
-    def __init__(self, graph, op, step, recorded, into, out):
+    def __init__(self, graph, call, op, step, recorded, into, out):
+        self.call = call
         self.graph, self.op, self.recorded = graph, op, recorded
         self.on_base = step.node.endswith("CopySlices") and op.base is not None
         self.rule = None if self.on_base or op.kind != "op" else rules.find(op.name)
-        self.generator = torch.Generator().manual_seed(op.index)
+        self.random = Random(op.index)
         self.got, self.names = self._gradients(step, out)
         if not self.got:
             raise CannotReplay("its gradients could not be matched with its inputs")
@@ -155,7 +128,6 @@ class _Check:
         edges, used = list(self.op.edges), set()
         got: dict[int, Tensor | None] = {}
         names: dict[int, str] = {}
-        partial = self.graph.backwards[-1].partial
         for number, (edge, grad) in enumerate(zip(step.edges, out, strict=False)):
             if edge is None:
                 continue
@@ -163,7 +135,7 @@ class _Check:
                 match = 0
             else:
                 match = next((j for j, e in enumerate(edges) if e == edge and j not in used), None)
-            if match is None or (grad is None and partial):
+            if match is None or (grad is None and self.call.partial):
                 continue  # autograd.grad asks only for what leads to its inputs
             used.add(match)
             name, value = positions[match]
@@ -195,7 +167,7 @@ class _Check:
         """Random, of the size of what it is added to, and of its structure where the operation reads only part of it."""
         x = self.inputs[value]
         scale = float(x.abs().square().mean().sqrt()) if x.numel() else 1.0
-        random = torch.randn(x.shape, dtype=x.dtype, generator=self.generator).to(x.device)
+        random = self.random.like(x)
         random *= scale if scale > 0 and math.isfinite(scale) else 1.0
         structure = STRUCTURE.get((self.op.label, self.names.get(value, "")))
         if structure == "symmetric":
@@ -207,15 +179,13 @@ class _Check:
     def numeric(self, directions: Tensors) -> Derivative:
         """The derivative of Σ g·y along directions of some inputs."""
 
-        def phi(e: float) -> tuple[float, float]:
-            moved = self.inputs | {v: self.inputs[v] + e * d for v, d in directions.items()}
-            terms = [
-                (g.conj() * widen(y)).real for g, y in zip(self.cotangents, self.function(moved), strict=True) if g is not None
-            ]
-            return sum(float(t.sum()) for t in terms), sum(float(t.abs().sum()) for t in terms)
+        def phi(e: float) -> float:
+            moved = self.inputs | {v: torch.add(self.inputs[v], d, alpha=e) for v, d in directions.items()}
+            return sum(inner(g, widen(y)) for g, y in zip(self.cotangents, self.function(moved), strict=True) if g is not None)
 
         with torch.no_grad():
-            return derivative(phi) if self.wide else derivative(phi, step=2.0**-3, unit=self._unit() / 2, tries=2)
+            size = sum(float((g * y).abs().sum()) for g, y in zip(self.cotangents, self.outputs, strict=True) if g is not None)
+            return derivative(phi, size) if self.wide else derivative(phi, size, 2.0**-3, self._unit() / 2, tries=2)
 
     # -- (c) -----------------------------------------------------------------------------------------------------------
 
@@ -267,14 +237,20 @@ class _Check:
     def _shake(self, tensor: Tensor) -> Tensor:
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor
-        noise = torch.randn(tensor.shape, dtype=torch.float64, generator=self.generator).to(tensor.device)
-        return widen(tensor) * (1 + NOISE * noise)
+        tensor = widen(tensor)
+        return torch.addcmul(tensor, tensor, self.random.like(tensor), value=NOISE)
 
     def _shake_saved(self, tensor: Tensor) -> Tensor:
         """As a rounding would: the operation that made it must see the change in what it saved, too."""
         if tensor.is_floating_point():
             tensor.data.copy_(self._shake(tensor.data))
         return tensor
+
+    def _only_moves(self) -> bool:
+        """A view: elements are moved, nothing is computed, nothing rounded."""
+        if self.op.kind != "op" or self.op.mutates or self.op.random:
+            return False
+        return all(self.graph.values[v].base is not None for v in self.op.outputs)
 
     # -- verdicts ------------------------------------------------------------------------------------------------------
 
@@ -302,10 +278,11 @@ class _Check:
 
     def _moved(self, reference: dict[int, Tensor]) -> dict[int, Tensor]:
         squares = {v: torch.zeros_like(r, dtype=torch.float64) for v, r in reference.items()}
-        for _ in range(REPEATS):
+        for _ in range(0 if self._only_moves() else REPEATS):
             for value, other in self.references(noise=True).items():
-                squares[value] += ((other - reference[value]).abs() / NOISE) ** 2
-        return {v: (s / REPEATS).sqrt() for v, s in squares.items()}
+                change = (other - reference[value]).abs().div_(NOISE)
+                squares[value].addcmul_(change, change, value=1 / REPEATS)
+        return {v: s.sqrt_() for v, s in squares.items()}
 
     def _roundings(self, value: int, unit: float) -> float:
         shapes = [t.shape for t in (*self.inputs.values(), *self.outputs)]
@@ -331,73 +308,3 @@ class _Check:
         if got is None:
             result.got = None
         return result
-
-
-def judge(result: InputVerdict, got: Tensor, reference: Tensor | None, moved: Tensor | None, unit: float, direction: Tensor,
-          number: Derivative, numeric: Callable[[Tensor], Derivative], sides: Callable[[], tuple[Tensor, Tensor]]) -> None:
-    """Fill in the verdict of one gradient: `got` against `reference`, element by element, and both against the number.
-
-    At a kink the number is no judge: elements whose reference jumps between the `sides` are left out of the direction, and there
-    any value between the sides is a derivative that autograd may choose."""
-    result.numeric, result.numeric_error, result.along = number.value, number.error, inner(got, direction)
-    tiny = 8 * torch.finfo(result.dtype).tiny
-    if reference is None:
-        scale = max(abs(number.value), float((got.abs() * direction.abs()).square().sum().sqrt()))
-        allowed = unit * result.bound * 5 * scale + 4 * number.error + tiny
-        result.units = abs(result.along - number.value) / (unit * scale) if scale else 0.0
-        if not number.low - allowed <= result.along <= number.high + allowed:
-            result.verdict, result.expected, result.got = "wrong", number.value, result.along
-        elif number.kink:
-            result.verdict = "kink"
-        return
-    moved = moved.nan_to_num(nan=0.0, posinf=0.0)
-    floor = float(moved.square().mean().sqrt()) if moved.numel() else 0.0
-    allowed = unit * (moved + reference.abs() + floor)
-    error = (got - reference).abs()
-    error = torch.where(torch.isfinite(reference.abs()), error.nan_to_num(nan=math.inf), 0.0)
-    ratio = torch.where(error <= tiny, 0.0, error / allowed.clamp_min(tiny * unit))
-    mismatch = ratio > result.bound
-    result.units = float(ratio.max()) if ratio.numel() else 0.0
-    slack = 5 * float((allowed * direction.abs()).square().sum().sqrt()) * result.bound + 4 * number.error + tiny
-    slack += 1e-6 * float((reference.abs() * direction.abs()).square().sum().sqrt())
-    kinked = None
-    if number.kink:
-        low, high = torch.aminmax(torch.stack(sides()), dim=0)
-        kinked = (high - low) > 1e-4 * (high.abs() + low.abs() + 1e-3 * (floor + reference.abs().max()))
-        between = (got >= low - allowed * result.bound) & (got <= high + allowed * result.bound)
-        mismatch &= ~(kinked & between)
-        direction = direction * ~kinked
-        number = numeric(direction)
-        result.numeric, result.numeric_error, result.along = number.value, number.error, inner(got, direction)
-    certified = number.low - slack <= inner(reference, direction) <= number.high + slack
-    agrees = number.low - slack <= result.along <= number.high + slack
-    if (certified and not mismatch.any()) or (not certified and agrees):
-        result.verdict = "ok" if kinked is None else "kink"
-        if not certified:
-            result.reference = ""  # autograd and the number agree: the reference is what differs
-        return
-    where = ratio.argmax() if mismatch.any() else error.argmax()
-    result.verdict, result.wrong_elements = "wrong", int(mismatch.sum())
-    result.element = tuple(int(i) for i in torch.unravel_index(where, error.shape)) if error.dim() else ()
-    result.expected, result.got = _number(reference.reshape(-1)[where]), _number(got.reshape(-1)[where])
-
-
-def inner(a: Tensor, b: Tensor) -> float:
-    """The derivative along b, of a gradient a."""
-    return float((a.conj() * b).real.sum())
-
-
-def _number(tensor: Tensor) -> Any:
-    number = tensor.item()
-    return number.real if isinstance(number, complex) else number
-
-
-def as_dict(verdict: Verdict) -> dict:
-    """For JSON."""
-    values = dataclasses.asdict(verdict)
-    for entry in values["inputs"]:
-        entry["dtype"] = str(entry["dtype"]).removeprefix("torch.")
-        for key in ("along", "numeric", "numeric_error", "units", "expected", "got"):
-            if isinstance(entry[key], float) and not math.isfinite(entry[key]):
-                entry[key] = str(entry[key])
-    return values

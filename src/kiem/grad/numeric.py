@@ -30,12 +30,16 @@ class Derivative:
         return math.isfinite(self.error) and self.high - self.low > 2 * self.error
 
 
-def derivative(phi: Callable[[float], tuple[float, float]], step: float = 2.0**-7, unit: float = UNIT, tries: int = 5) -> Derivative:
-    """d phi / d e at 0. `phi(e)` gives the value and the sum of the magnitudes of its terms, which bounds its rounding."""
-    middle, size = phi(0.0)
+def derivative(phi: Callable[[float], float], size: float, step: float = 2.0**-7, unit: float = UNIT, tries: int = 5) -> Derivative:
+    """d phi / d e at 0. `size`: the sum of the magnitudes of the terms of phi(0), which bounds its rounding by `unit`."""
+    middle = phi(0.0)
     best: Derivative | None = None
-    for _ in range(tries):
-        one = _at_step(phi, middle, size, step, unit)
+    for attempt in range(tries):
+        up, down, half = phi(step), phi(-step), phi(step / 2)
+        if attempt == 0 and _straight(up - middle, down - middle, half - middle, 16 * unit * size):
+            value = (up - down) / (2 * step)
+            return Derivative(value, 16 * unit * size / step, value, value)
+        one = _at_step(phi, middle, (up, down, half), step, 8 * unit * size / step)
         if best is None or not math.isfinite(best.error) or _better(one, best):
             best = one
         scale = abs(one.value) + size * 1e-3
@@ -45,6 +49,11 @@ def derivative(phi: Callable[[float], tuple[float, float]], step: float = 2.0**-
     return best
 
 
+def _straight(up: float, down: float, half: float, rounding: float) -> bool:
+    """Whether a function is linear, as far as three of its points tell."""
+    return abs(up + down) <= rounding and abs(up - 2 * half) <= 2 * rounding
+
+
 def _better(one: Derivative, best: Derivative) -> bool:
     """A smaller error; but a large asymmetry that is not yet a kink only says that the step was too wide."""
     if one.kink != best.kink:
@@ -52,17 +61,15 @@ def _better(one: Derivative, best: Derivative) -> bool:
     return one.error + 0.1 * (0.0 if one.kink else one.asymmetry) < best.error + 0.1 * (0.0 if best.kink else best.asymmetry)
 
 
-def _at_step(phi, middle: float, size: float, step: float, unit: float) -> Derivative:
-    plus, minus = [], []
-    for halving in range(3):
-        h = step / 2**halving
-        up, down = phi(h)[0], phi(-h)[0]
-        plus.append((up - middle) / h)
-        minus.append((middle - down) / h)
+def _at_step(phi, middle: float, known: tuple[float, float, float], step: float, rounding: float) -> Derivative:
+    points = [(known[0], known[1]), (known[2], phi(-step / 2)), (phi(step / 4), phi(-step / 4))]
+    plus = [(up - middle) * 2**i / step for i, (up, _) in enumerate(points)]
+    minus = [(middle - down) * 2**i / step for i, (_, down) in enumerate(points)]
     central = [(p + m) / 2 for p, m in zip(plus, minus, strict=True)]
     first = [(4 * central[i + 1] - central[i]) / 3 for i in range(2)]
     value = (16 * first[1] - first[0]) / 15
-    rounding = 8 * unit * size / step
+    if not math.isfinite(value):
+        return Derivative(math.nan, math.inf, -math.inf, math.inf)
     error = abs(value - first[1]) + rounding
     # One-sided differences have an error in h, h², ...: two extrapolations.
     sides = []
@@ -70,8 +77,6 @@ def _at_step(phi, middle: float, size: float, step: float, unit: float) -> Deriv
         once = [2 * side[i + 1] - side[i] for i in range(2)]
         sides.append(((4 * once[1] - once[0]) / 3, abs(once[1] - once[0])))
     settled = max(s[1] for s in sides) + 8 * rounding
-    if not math.isfinite(value):
-        return Derivative(math.nan, math.inf, -math.inf, math.inf)
     low, high = min(sides[0][0], sides[1][0]), max(sides[0][0], sides[1][0])
     asymmetry = high - low
     if asymmetry <= 4 * settled:

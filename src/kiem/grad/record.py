@@ -280,6 +280,11 @@ class Recorder(TorchDispatchMode):
             leaf.is_leaf, leaf.requires_grad = True, tensor.requires_grad
         return known[1]
 
+    def find_leaf(self, tensor: torch.Tensor) -> int | None:
+        """The value of a leaf that took part, None if it did not."""
+        known = self._leaves.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else None
+
     # -- in place ------------------------------------------------------------------------------------------------------
 
     def _before_write(self, tensors: list[torch.Tensor]) -> None:
@@ -359,11 +364,14 @@ class Recorder(TorchDispatchMode):
 class _Pause:
     def __init__(self, recorder: Recorder):
         self._recorder = recorder
+        self._guard: Any = None
 
     def __enter__(self) -> None:
         self._recorder.paused += 1
+        self._guard = torch._C._DisableTorchDispatch()
 
     def __exit__(self, *_) -> None:
+        self._guard = None
         self._recorder.paused -= 1
 
 

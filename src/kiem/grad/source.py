@@ -38,9 +38,7 @@ class Lines:
         if kind is None:
             if file in _REGIONS:
                 kind = _REGIONS[file]
-            elif file.startswith((_OWN, _TORCH, "<frozen", "<string>", "<torch")) or file.startswith(self._library or ("\0",)):
-                kind = "library"
-            elif file.startswith(_STANDARD) and not file.startswith(_SITE):
+            elif file.startswith((_OWN, _TORCH, "<frozen", "<string>", "<torch")) or file.startswith(self._library or ("\0",)) or file.startswith(_STANDARD) and not file.startswith(_SITE):
                 kind = "library"
             else:
                 kind = "user"

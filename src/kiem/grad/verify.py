@@ -8,14 +8,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kiem.grad.check import InputVerdict, Verdict, check
+from kiem.errors import ConfigError
+from kiem.grad.check import Verdict, check
 from kiem.grad.graph import BackwardCall, Graph, Op, Step
+from kiem.grad.judge import InputVerdict
 from kiem.grad.whole import whole_verdicts
 
 if TYPE_CHECKING:
     from kiem.grad.record import Recorder
 
 PASSES = 3  # of a step of a loop that repeats
+CASES = 3  # wrong operations whose tensors are held for a program that shows the error
+
+
+@dataclass
+class Case:
+    """The tensors of a wrong operation: its inputs by value and the gradients that arrived."""
+
+    verdict: Verdict
+    inputs: dict[int, torch.Tensor]
+    into: tuple[torch.Tensor | None, ...]
 
 
 @dataclass
@@ -25,6 +37,7 @@ class Result:
     verdicts: list[Verdict] = field(default_factory=list)
     parameters: list[tuple[int, InputVerdict]] = field(default_factory=list)  # backward call, verdict
     notes: list[str] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -52,11 +65,17 @@ class Verifier:
         self._leaves: dict[tuple[int, int], torch.Tensor] = {}
         self._roots: dict[tuple[int, tuple], torch.Tensor] = {}
         self._done: set[int] = set()
-        self._passes: dict[tuple, int] = {}
 
     def node_ran(self, recorder: Recorder, step: Step, op: Op | None, node, into: tuple, out: tuple) -> None:
         """Check the node at once: what its backward saved is as it was."""
-        call = recorder.backward.current
+        if recorder.graph.repeats and recorder.graph.repeats[-1].times > PASSES:
+            return
+        began = time.perf_counter()
+        self.add(recorder, recorder.backward.current, step, op, into, out)
+        self.result.seconds += time.perf_counter() - began
+
+    def add(self, recorder: Recorder, call: BackwardCall, step: Step, op: Op | None, into: tuple, out: tuple) -> None:
+        """Check one node of a call."""
         if step.leaf is not None:
             if into[0] is not None:
                 self._leaves[call.index, step.leaf] = into[0]
@@ -65,33 +84,36 @@ class Verifier:
             if grad is not None and (step.key[0], position) in call.root_keys:
                 self._roots[call.index, (step.key[0], position)] = grad
         if op is None:
-            self._note(f"{node.name()}: made by no recorded operation; not checked by itself")
+            self._note(f"{step.node}: made by no recorded operation; not checked by itself")
             return
         self._done.add(op.index)
-        place = (op.name, op.source, op.module, tuple(recorder.graph.values[v].shape for _, v in op.inputs))
-        self._passes[place] = self._passes.get(place, 0) + 1
-        if recorder.graph.repeats and recorder.graph.repeats[-1].times > PASSES:
-            return
-        began = time.perf_counter()
-        self.result.verdicts.append(check_safely(recorder.graph, op, step, recorder.kept.tensors, into, out))
-        self.result.verdicts[-1].backward = call.index
-        self.result.seconds += time.perf_counter() - began
+        verdict = check_safely(recorder.graph, call, op, step, recorder.kept.tensors, into, out)
+        self.result.verdicts.append(verdict)
+        sources = {recorder.graph.ops[case.verdict.op].source for case in self.result.cases}
+        if verdict.verdict == "wrong" and len(sources) < CASES and op.source not in sources:
+            held = recorder.kept.tensors
+            inputs = {v: held[v].clone() for v in {v for _, v in op.inputs} if v in held}
+            self.result.cases.append(Case(verdict, inputs, tuple(None if g is None else g.clone() for g in into)))
 
     def backward_ended(self, recorder: Recorder, call: BackwardCall) -> None:
         """Check whole gradients; let go of what is no longer needed."""
         if self._end_to_end and not recorder.folder.repeats_now():
             began = time.perf_counter()
-            leaves = {leaf: grad for (index, leaf), grad in self._leaves.items() if index == call.index}
-            roots = {key: grad for (index, key), grad in self._roots.items() if index == call.index}
-            verdicts, notes = whole_verdicts(recorder.graph, call, recorder.kept.tensors, leaves, roots)
-            self.result.parameters += [(call.index, v) for v in verdicts]
-            for note in notes:
-                self._note(note)
+            self.end(recorder, call)
             self.result.seconds += time.perf_counter() - began
         self._leaves.clear()
         self._roots.clear()
         if not call.retained:
             recorder.release_done(self._done)
+
+    def end(self, recorder: Recorder, call: BackwardCall) -> None:
+        """Check the whole gradients of a call."""
+        leaves = {leaf: grad for (index, leaf), grad in self._leaves.items() if index == call.index}
+        roots = {key: grad for (index, key), grad in self._roots.items() if index == call.index}
+        verdicts, notes = whole_verdicts(recorder.graph, call, recorder.kept.tensors, leaves, roots)
+        self.result.parameters += [(call.index, v) for v in verdicts]
+        for note in notes:
+            self._note(note)
 
     def folded(self, start: tuple[int, int, int], counts: tuple[int, int, int]) -> None:
         """The last step repeats the one before: only what was wrong in it stays, told of the step that is kept."""
@@ -119,10 +141,30 @@ class Verifier:
             self.result.notes.append(note)
 
 
-def check_safely(graph: Graph, op: Op, step: Step, recorded: dict, into: tuple, out: tuple) -> Verdict:
+def check_safely(graph: Graph, call: BackwardCall, op: Op, step: Step, recorded: dict, into: tuple, out: tuple) -> Verdict:
     """The verdict on one operation; what cannot be checked is said, and never ends the user's program."""
     try:
-        return check(graph, op, step, recorded, into, out)
+        verdict = check(graph, call, op, step, recorded, into, out)
     except Exception as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        return Verdict(op.index, "unchecked", f"could not be checked: {reason}")
+        verdict = Verdict(op.index, "unchecked", f"could not be checked: {reason}")
+    verdict.backward = call.index
+    return verdict
+
+
+def verify_recorded(recorder: Recorder) -> Result:
+    """Verify after the program has ended, from what the recorder kept. Raises ConfigError if it was too much to keep."""
+    if not recorder.kept.complete:
+        raise ConfigError(
+            "kiem.record(): the program's tensors were too many to keep for a verification afterwards: verify while it runs, "
+            "by kiem.record(verify=True)"
+        )
+    verifier = Verifier()
+    began = time.perf_counter()
+    for call, step, op, into, out in recorder.backward.evidence:
+        verifier.add(recorder, call, step, op, into, out)
+    for call in recorder.graph.backwards:
+        if not call.nested:
+            verifier.end(recorder, call)
+    verifier.result.seconds = time.perf_counter() - began
+    return verifier.result

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from kiem.grad.check import NOISE, REPEATS, InputVerdict, inner, judge
+from kiem.grad.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge
 from kiem.grad.graph import BackwardCall, Graph, Op
 from kiem.grad.numeric import derivative
 from kiem.grad.replay import CannotReplay, Replay, Tensors, widen
@@ -44,7 +44,7 @@ class _Whole:
             raise CannotReplay("what the leaves held was not kept")
         self.changes = any(op.mutates for op in self.ops)
         self.cotangents = self._cotangents(roots)
-        self.generator = torch.Generator().manual_seed(call.index)
+        self.random = Random(call.index)
         types = {graph.values[v].dtype for op in self.ops for v in op.outputs}
         self.unit = max((torch.finfo(t).eps for t in types if t.is_floating_point), default=2.0**-52)
         self._reproduces()
@@ -69,7 +69,7 @@ class _Whole:
 
     def _reproduces(self) -> None:
         with torch.no_grad():
-            outputs = self.value({})
+            self.outputs = outputs = self.value({})
         for value, output in zip(self.call.roots, outputs, strict=True):
             stats = self.graph.values[value].stats
             norm = float(torch.linalg.vector_norm(output))
@@ -92,7 +92,7 @@ class _Whole:
         return {leaf: torch.zeros_like(self.leaves[leaf]) if g is None else g for leaf, g in zip(moves, grads, strict=True)}
 
     def _noise(self, x: torch.Tensor) -> torch.Tensor:
-        return NOISE * torch.randn(x.shape, dtype=torch.float64, generator=self.generator).to(x.device)
+        return NOISE * self.random.like(x)
 
     def _shake_saved(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point():
@@ -102,13 +102,13 @@ class _Whole:
     def numeric(self, directions: Tensors):
         """The derivative of the loss along directions of leaves."""
 
-        def phi(e: float) -> tuple[float, float]:
+        def phi(e: float) -> float:
             outputs = self.value({leaf: e * d for leaf, d in directions.items()})
-            terms = [c * y for c, y in zip(self.cotangents, outputs, strict=True)]
-            return sum(float(t.sum()) for t in terms), sum(float(t.abs().sum()) for t in terms)
+            return sum(inner(c, y) for c, y in zip(self.cotangents, outputs, strict=True))
 
         with torch.no_grad():
-            return derivative(phi, step=2.0**-10)
+            size = sum(float((c * y).abs().sum()) for c, y in zip(self.cotangents, self.outputs, strict=True))
+            return derivative(phi, size, step=2.0**-10)
 
     def verdicts(self) -> tuple[list[InputVerdict], list[str]]:
         """Each leaf; first all of them along one direction, then each alone as long as there is time."""
@@ -150,7 +150,7 @@ class _Whole:
 
     def _direction(self, x: torch.Tensor) -> torch.Tensor:
         scale = float(x.square().mean().sqrt()) if x.numel() else 1.0
-        return torch.randn(x.shape, dtype=torch.float64, generator=self.generator).to(x.device) * (scale or 1.0)
+        return self.random.like(x) * (scale or 1.0)
 
     def _cut(self) -> list[str]:
         """Leaves that also reach the loss where no gradient flows: a choice, so said and not judged."""

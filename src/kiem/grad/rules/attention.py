@@ -1,7 +1,7 @@
 """The derivative of attention: y = P V with P = softmax(s · Q Kᵀ + M), for all fused forms of it.
 
 Shapes: B batch, H heads, T queries, S keys, K head size. With G P's gradient: dV = Pᵀ G, and through P = softmax(X)
-dX = P · (G Vᵀ − Σ G Vᵀ · P), dQ = s · dX K, dK = s · dXᵀ Q (Dao et al. 2022, arXiv:2205.14135, appendix B).
+dX = P · (G Vᵀ − Σ G · Y), dQ = s · dX K, dK = s · dXᵀ Q (Dao et al. 2022, arXiv:2205.14135, appendix B).
 """
 
 import torch
@@ -45,7 +45,7 @@ def attention(c: Call, g: Tensor):
     scale = c.get("scale", q.shape[-1] ** -0.5)
     p = weights(c, q, k, scale)
     gp = g @ v.mT
-    gx = p * (gp - (gp * p).sum(-1, keepdim=True))
+    gx = p * (gp - (g * c.y).sum(-1, keepdim=True))  # Σ G Vᵀ · P = Σ G · Y
     return {
         "query": scale * (gx @ k),
         "key": gathered(scale * (gx.mT @ q), c["key"]),
@@ -56,7 +56,7 @@ def attention(c: Call, g: Tensor):
 
 
 SYMBOLS = {"query": "Q", "key": "K", "value": "V", "scale": "s", "0": "Y"}
-DERIVATIVES = {"query": "s · X̄ K, X̄ = P · (G Vᵀ − Σ G Vᵀ · P)", "key": "s · X̄ᵀ Q", "value": "Pᵀ G"}
+DERIVATIVES = {"query": "s · X̄ K, X̄ = P · (G Vᵀ − Σ G · Y)", "key": "s · X̄ᵀ Q", "value": "Pᵀ G"}
 for mask, names in (
     ("attn_mask", ["_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math",
                    "scaled_dot_product_attention"]),

@@ -1,0 +1,158 @@
+"""The verbs that look inside a program: explain and verify."""
+
+from typing import Any
+
+import click
+
+from kiem.console import print_json, to_stderr
+
+TARGET = """TARGET is a Python file (run as it is), module:function, a model configuration, a preset, or the folder of a
+  run (its model on its next batch). Arguments of the program follow; options of its own after `--`."""
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("target")
+@click.argument("arguments", nargs=-1)
+@click.option("--wrt", "leaves", multiple=True, metavar="NAME", help="The chain rule from the loss to this tensor. Repeatable.")
+@click.option("--call", type=int, default=-1, help="Which backward call, from 0; -1 is the last.")
+@click.option("--tensors", is_flag=True, help="The table of all tensors.")
+@click.option("--operations", is_flag=True, help="The table of all operations.")
+@click.option("--backward", is_flag=True, help="Each backward step in order.")
+@click.option("--all", "whole", is_flag=True, help="Long tables and chains in full.")
+@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="Write the page: one file, no network.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON document.")
+def explain(target, arguments, leaves, call, tensors, operations, backward, whole, page, as_json) -> None:
+    """Show what a PyTorch program does: every operation, tensor and gradient.
+
+    TARGET is a Python file (run as it is), module:function, a model configuration, a preset, or the folder of a run (its
+    model on its next batch). Arguments of the program follow; options of its own stand after `--`.
+
+    \b
+    Examples:
+      kiem explain train_step.py                     what ran, and the chain rule of small programs
+      kiem explain train_step.py --wrt model.0.weight
+      kiem explain train_step.py --html page.html -- --lr 0.1
+      kiem explain gpt2-124m --html gpt2.html
+      kiem explain runs/books --tensors
+    """
+    trace, _ = _recorded(target, arguments, verify=False, quiet=as_json)
+    if page:
+        trace.html(page)
+    chains = [trace.explain(name, call).chain for name in leaves] or trace.small_chains(call)
+    if as_json:
+        print_json({**trace.to_dict(), "chains": [chain.as_dict() for chain in chains]})
+    else:
+        _print_trace(trace, chains, call, tensors, operations, backward, whole)
+        if page:
+            click.echo(f"page: {page}")
+    _end(trace)
+
+
+@click.command()
+@click.argument("target")
+@click.argument("arguments", nargs=-1)
+@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="Write the page, coloured by verdict.")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdicts as one JSON document.")
+def verify(target, arguments, page, as_json) -> None:
+    """Prove the gradients of a PyTorch program, on its own data, device and types. Exit code 1 if one is wrong.
+
+    Every operation's gradient is held against a numeric derivative in float64 and an independent rule; then every
+    parameter's, end to end. TARGET and arguments are those of `kiem explain`. For a model configuration, preset or run,
+    its ways of computing (fused, bfloat16, compiled, accumulated) are compared too.
+
+    \b
+    Examples:
+      kiem verify train_step.py
+      kiem verify mypackage.model:one_step --json
+      kiem verify gpt2-124m
+      kiem verify runs/books
+    """
+    trace, program = _recorded(target, arguments, verify=True, quiet=as_json)
+    verification = trace.verify()
+    if page:
+        trace.html(page, verification.result)
+    comparisons = _comparisons(program, as_json) if trace.graph.failure is None else []
+    if as_json:
+        from kiem.report.comparison import comparison_dict
+
+        print_json({"target": trace.title, **verification.to_dict(), "comparisons": [comparison_dict(c) for c in comparisons]})
+    else:
+        click.echo(str(verification))
+        if comparisons:
+            from kiem.report.comparison import print_comparisons
+
+            _on_stdout(lambda console: print_comparisons(comparisons, console))
+        if page:
+            click.echo(f"page: {page}")
+    _end(trace, wrong=not verification.ok or any(c.verdict == "wrong" for c in comparisons))
+
+
+def _recorded(target: str, arguments: tuple[str, ...], verify: bool, quiet: bool) -> tuple[Any, Any]:
+    """Run the target under a recorder. What the program prints stays; its exceptions are kept in the trace."""
+    import sys
+    from contextlib import redirect_stdout, suppress
+
+    from kiem.errors import KiemError
+    from kiem.grad.program import load_program
+    from kiem.trace import Trace
+
+    program = load_program(target, arguments)
+    trace = Trace(verify, program.library, program.title)
+    try:
+        with redirect_stdout(sys.stderr if quiet else sys.stdout), trace:
+            program.run()
+    except KiemError:
+        raise
+    except (Exception, SystemExit):
+        if trace.graph.failure is None:
+            raise
+    with suppress(AttributeError):
+        sys.stdout.flush()
+    return trace, program
+
+
+def _print_trace(trace: Any, chains: list, call: int, tensors: bool, operations: bool, backward: bool, whole: bool) -> None:
+    from kiem.report import explanation
+
+    graph = trace.graph
+
+    def show(console: Any) -> None:
+        explanation.print_summary(graph, console)
+        if operations:
+            explanation.print_operations(graph, console, whole)
+        if tensors:
+            explanation.print_tensors(graph, console, whole)
+        if backward and graph.backwards:
+            explanation.print_backward(graph, graph.backwards[call], console, whole)
+        for chain in chains:
+            explanation.print_chain(chain, console, whole)
+
+    _on_stdout(show)
+
+
+def _comparisons(program: Any, quiet: bool) -> list:
+    if program.model is None:
+        return []
+    from kiem.grad.compare import compare
+
+    if not quiet:
+        to_stderr("comparing the model's ways of computing ...")
+    return compare(program)
+
+
+def _on_stdout(show: Any) -> None:
+    from rich.console import Console
+
+    show(Console())
+
+
+def _end(trace: Any, wrong: bool = False) -> None:
+    """Exit code 1 for a program that failed or a gradient that is wrong."""
+    failure = trace.graph.failure
+    if failure is not None:
+        where = f"{failure.source}: " if failure.source else ""
+        click.echo(f"{where}{failure.kind}: {failure.message}", err=True)
+        if failure.explanation:
+            click.echo(failure.explanation, err=True)
+    if failure is not None or wrong:
+        raise click.exceptions.Exit(1)

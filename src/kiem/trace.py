@@ -1,0 +1,190 @@
+"""Recording in Python and in notebooks: `with kiem.record() as trace: ...`, then ask the trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kiem.errors import ConfigError
+from kiem.grad.record import KEEP_BYTES, Recorder
+from kiem.grad.verify import Result, Verifier, verify_recorded
+
+if TYPE_CHECKING:
+    import torch
+
+    from kiem.grad.chain import Chain
+    from kiem.grad.graph import Graph
+
+
+class Trace:
+    """What a program did: every operation, tensor and gradient.
+
+        with kiem.record() as trace:
+            loss = model(x).pow(2).mean()
+            loss.backward()
+        trace                       # in a notebook: the page
+        print(trace.explain("model.0.weight"))
+        print(trace.verify())
+
+    `verify=True` checks each gradient while the program runs, which needs no memory afterwards. An exception of the program
+    passes through; the trace then ends where it was raised.
+    """
+
+    def __init__(self, verify: bool = False, library: tuple[str, ...] = (), title: str = "recorded program"):
+        self._verifier = Verifier() if verify else None
+        self._recorder = Recorder(library, self._verifier, None if verify else KEEP_BYTES)
+        self.title = title
+
+    def __enter__(self) -> Trace:
+        self._recorder.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self._recorder.__exit__(kind, error, traceback)
+        if error is not None and self.graph.failure is not None:
+            from kiem.grad.mistakes import FailedCall, explain_error
+
+            failed = next((op for op in reversed(self.graph.ops) if op.error), None)
+            values = self.graph.values
+            call = failed and FailedCall(failed.name, [
+                (name, values[v].shape, str(values[v].dtype).removeprefix("torch."), values[v].device) for name, v in failed.inputs
+            ])  # fmt: skip
+            self.graph.failure.explanation = explain_error(error, call) or ""
+
+    @property
+    def graph(self) -> Graph:
+        """The recorded graph (kiem.grad.graph.Graph)."""
+        return self._recorder.graph
+
+    def explain(self, leaf: str | torch.Tensor, backward: int = -1) -> Explanation:
+        """The chain rule from the loss of a backward call (the last by default) to a leaf: a tensor, or its name.
+        Raises ConfigError if the leaf or the call is not there."""
+        from kiem.grad.chain import chain_rule
+
+        calls = self.graph.backwards
+        if not -len(calls) <= backward < len(calls):
+            raise ConfigError(f"backward {backward}: the program made {len(calls)} backward calls")
+        return Explanation(chain_rule(self.graph, calls[backward], self._leaf(leaf)))
+
+    def small_chains(self, backward: int = -1) -> list[Chain]:
+        """The chain rule of every leaf, where there are few and they are small."""
+        from kiem.grad.chain import chain_rule
+
+        calls = self.graph.backwards
+        if not -len(calls) <= backward < len(calls):
+            return []
+        leaves = list(calls[backward].leaf_grads)
+        if len(leaves) > 4 or any(self.graph.values[v].numel > 64 for v in leaves):
+            return []
+        return [chain_rule(self.graph, calls[backward], v) for v in leaves]
+
+    def _leaf(self, leaf: Any) -> int:
+        if isinstance(leaf, str):
+            value = self.graph.find(leaf)
+            if value is not None:
+                return value.index
+            names = sorted({v.name for v in self.graph.leaves() if v.name})
+            raise ConfigError(f"{leaf}: no tensor of the program has this name; leaves: {', '.join(names[:20]) or 'none'}")
+        found = self._recorder.find_leaf(leaf)
+        if found is None:
+            raise ConfigError("explain: this tensor took no part in the recorded program")
+        return found
+
+    def verify(self) -> Verification:
+        """Hold every gradient against mathematics. Raises ConfigError if the program was too large to keep."""
+        result = self._verifier.result if self._verifier else verify_recorded(self._recorder)
+        return Verification(self.graph, result)
+
+    def tensors(self) -> list[dict[str, Any]]:
+        """The table of all tensors."""
+        from kiem.grad.chain import tensors
+
+        return tensors(self.graph)
+
+    def to_dict(self, result: Result | None = None) -> dict[str, Any]:
+        """Everything, in plain types."""
+        from kiem.report.graph_document import document
+
+        return document(self.graph, self.title, result)
+
+    def html(self, path: str | Path | None = None, result: Result | None = None) -> str:
+        """The page, one self-contained file; written to `path` if given."""
+        from kiem.report.graph_page import render
+
+        text = render(self.to_dict(result), self.title)
+        if path is not None:
+            from kiem.report.summary import write_atomically
+
+            write_atomically(Path(path), text)
+        return text
+
+    def __str__(self) -> str:
+        from kiem.report.explanation import print_summary
+
+        return _text(lambda console: print_summary(self.graph, console))
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        result = self._verifier.result if self._verifier else None
+        return (f'<iframe srcdoc="{escape(self.html(result=result), quote=True)}" sandbox="allow-scripts" '
+                'style="width:100%;height:640px;border:1px solid #8886"></iframe>')  # fmt: skip
+
+
+class Explanation:
+    """A chain rule that prints itself. `.chain` has the numbers."""
+
+    def __init__(self, chain: Chain):
+        self.chain = chain
+
+    def __str__(self) -> str:
+        from kiem.report.explanation import print_chain
+
+        return _text(lambda console: print_chain(self.chain, console))
+
+    __repr__ = __str__
+
+
+class Verification:
+    """Verdicts that print themselves. `.ok`, `.wrong`, `.result`."""
+
+    def __init__(self, graph: Graph, result: Result):
+        self._graph, self.result = graph, result
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong and something was checked."""
+        return self.result.ok
+
+    @property
+    def wrong(self) -> list[str]:
+        """FILE:LINE of each operation with a wrong gradient, the first that backward came to first."""
+        return [str(self._graph.ops[v.op].source) for v in self.result.wrong]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Verdicts in plain types."""
+        from kiem.report.verdicts import result_dict
+
+        return result_dict(self._graph, self.result)
+
+    def __str__(self) -> str:
+        from kiem.report.verdicts import print_result
+
+        return _text(lambda console: print_result(self._graph, self.result, console))
+
+    __repr__ = __str__
+
+
+def record(verify: bool = False) -> Trace:
+    """Record what the block does: `with kiem.record() as trace: ...`. See Trace."""
+    return Trace(verify)
+
+
+def _text(show: Any) -> str:
+    from io import StringIO
+
+    from rich.console import Console
+
+    buffer = StringIO()
+    show(Console(file=buffer, width=100, color_system=None))
+    return buffer.getvalue().rstrip("\n")
