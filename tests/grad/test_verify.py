@@ -96,10 +96,10 @@ def test_a_loop_is_checked_beyond_its_first_step_and_folded():
 def test_an_operation_without_a_row_is_checked_by_number():
     def program():
         x = torch.linspace(0.1, 0.9, 7, requires_grad=True)
-        torch.special.bessel_j0(torch.lgamma(x)).sum() if False else torch.lgamma(x).sum().backward()
+        torch.special.i0e(x).sum().backward()
 
     _, result = verified(program)
-    assert [(v.verdict, v.closed_form) for v in result.verdicts][-1] == ("ok", False)
+    assert [(v.verdict, v.closed_form) for v in result.verdicts] == [("ok", True), ("ok", False)]
 
 
 def test_a_hook_that_changes_a_gradient_is_said_and_not_judged():

@@ -6,10 +6,9 @@ float64 on the values that the graph kept.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -393,8 +392,8 @@ def _plain(value: Any) -> Any:
                        "nonfinite": value.stats.nonfinite, "value": value.data})  # fmt: skip
     if isinstance(value, Source | complex) or (isinstance(value, float) and not math.isfinite(value)):
         return str(value)
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -247,10 +247,11 @@ class _Check:
         return tensor
 
     def _only_moves(self) -> bool:
-        """A view: elements are moved, nothing is computed, nothing rounded."""
+        """A view that shows no element twice: elements are moved, nothing is computed, nothing rounded."""
         if self.op.kind != "op" or self.op.mutates or self.op.random:
             return False
-        return all(self.graph.values[v].base is not None for v in self.op.outputs)
+        values = self.graph.values
+        return all((b := values[v].base) is not None and values[v].numel <= values[b].numel for v in self.op.outputs)
 
     # -- verdicts ------------------------------------------------------------------------------------------------------
 

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -39,6 +38,7 @@ from kiem.train.step import train_step
 NOISE = 2.0**-26  # relative; far above float64's rounding, far below where formulas stop being straight
 REPEATS = 2
 SECONDS = 180.0  # what has not begun by then is skipped
+SLOW_BFLOAT16 = 12.0  # times the float32 of a processor without instructions for it (measured: GPT-2 124M)
 BYTES_PER_PARAMETER = 40  # float64: weights, gradient, reference, what noise does to it; float32: weights, gradient
 
 Gradients = dict[str, Tensor]
@@ -70,18 +70,19 @@ WAYS = (
     _TRAINED,
     replace(_TRAINED, name="accumulated", base="as trained", change="3 uneven micro-batches for one batch", parts=3),
     replace(_TRAINED, name="recomputed", base="as trained", change="blocks run again in backward", recomputed=True),
-    replace(_TRAINED, name="bfloat16", base="as trained", change="bfloat16 for float32", dtype=torch.bfloat16),
     replace(_TRAINED, name="compiled", base="as trained", change="blocks through torch.compile", compiled=True),
+    replace(_TRAINED, name="bfloat16", base="as trained", change="bfloat16 for float32", dtype=torch.bfloat16),
 )
 
 
 @dataclass(slots=True)
 class Comparison:
     """What one way gave against another. `loss_units`, `units`: the difference of the loss, and the largest of a
-    gradient element, in units of the data type's precision; both are allowed `bound`. `change` is of the way `base`."""
+    gradient element, in units of the data type's precision; both are allowed `bound`.."""
 
     name: str
     change: str
+    base: str  # the way of which it changes one thing
     against: str  # the way that it was held against
     dtype: torch.dtype
     verdict: str = "ok"  # ok, wrong, skipped
@@ -153,7 +154,7 @@ class _Comparing:
         self.weights = self._flowing({name: p.detach() for name, p in model.named_parameters()})
         self.device = next(iter(self.weights.values())).device
         self.generator = torch.Generator().manual_seed(0)
-        self.kept: dict[str, tuple[float, Gradients]] = {}  # ways that differ from the reference, if others build on them
+        self.kept: dict[str, tuple[float, Gradients]] = {}  # ways unlike the reference, if others build on them
         self.broken: set[str] = set()  # ways that gave no numbers
 
     def _flowing(self, weights: Gradients) -> Gradients:
@@ -179,10 +180,19 @@ class _Comparing:
         if not reason:
             self._noise()
         for way in WAYS:
-            if not reason and time.perf_counter() > began + seconds:
-                reason = f"what was before took more than {seconds_text(seconds)}"
-            self.result.rows.append(self._skipped(way, reason) if reason else self._one(way))
+            why = reason or self._no_time(way, began + seconds - time.perf_counter())
+            self.result.rows.append(self._skipped(way, why) if why else self._one(way))
         return self.result
+
+    def _no_time(self, way: Way, left: float) -> str:
+        """Why a way would take too long; empty if it would not."""
+        if left < 0:
+            return "the ways before it used up the time"
+        took = sum(row.seconds for row in self.result.rows if row.name == way.base)
+        slow = way.dtype == torch.bfloat16 and not runtime.has_fast_bfloat16(self.device)
+        if not slow or SLOW_BFLOAT16 * took < left:
+            return ""
+        return f"without instructions for bfloat16 it would take {seconds_text(SLOW_BFLOAT16 * took)}"
 
     def _no_room(self) -> str:
         """Why the reference cannot be made; empty if it can."""
@@ -210,8 +220,8 @@ class _Comparing:
         return model.train()
 
     def _noise(self) -> None:
-        """How far one rounding moves the loss and each gradient element, in multiples of the rounding; root mean square.
-        Sets `loss_scale` and `scale`, what one unit of relative precision is worth."""
+        """Sets `loss_scale` and, for each gradient element, `scale`: its size, and how far a rounding everywhere moves it
+        (root mean square, in multiples of the rounding)."""
         squares = {name: torch.zeros_like(g, dtype=torch.float32) for name, g in self.gradients.items()}
         loss_squares = 0.0
         for _ in range(REPEATS):
@@ -244,41 +254,37 @@ class _Comparing:
     def _evaluate(self, way: Way, weights: Gradients | None = None) -> tuple[float, Gradients]:
         """Loss in nats per valid token, and the gradient of each parameter."""
         model, batch = self._model(way, weights), self.batch
-        kernel = nullcontext() if "attention" in way.fused else sdpa_kernel(SDPBackend.MATH)
         if way.trained:
             train = TrainConfig(batch_tokens=max(2, batch.tokens_BT.numel()), max_grad_norm=0.0)
-            parts = split(batch, way.parts)
-            loss = train_step(model, _NoUpdate(), parts, train, 0, self.documents_apart).loss
+            loss = train_step(model, _NoUpdate(), split(batch, way.parts), train, 0, self.documents_apart).loss
         else:
             packing = (batch.positions_BT, batch.docs_BT) if self.documents_apart else (None, None)
-            with kernel:
+            with nullcontext() if "attention" in way.fused else sdpa_kernel(SDPBackend.MATH):
                 x_ND = model.features(batch.tokens_BT, *packing).flatten(0, 1)
-                targets_N = batch.targets_BT.flatten()
-                if "loss" in way.fused:
-                    with _in_chunks(len(x_ND), self.config.vocab_size):
-                        loss = cross_entropy.linear_cross_entropy(x_ND, model.head_weight, targets_N)
-                else:
-                    loss = plain_loss(x_ND, model.head_weight, targets_N)
-                loss = loss / batch.n_valid
-                loss.backward()
-        return float(loss.detach()) if isinstance(loss, Tensor) else loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+                head = _loss_in_chunks if "loss" in way.fused else plain_loss
+                mean = head(x_ND, model.head_weight, batch.targets_BT.flatten()) / batch.n_valid
+                mean.backward()
+            loss = float(mean.detach())
+        return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     def _skipped(self, way: Way, reason: str) -> Comparison:
-        return Comparison(way.name, way.change, way.base, way.dtype, "skipped", reason)
+        return Comparison(way.name, way.change, way.base, "", way.dtype, "skipped", reason)
 
     def _one(self, way: Way) -> Comparison:
         if way.base in self.broken:
             self.broken.add(way.name)
             return self._skipped(way, f"{way.base}, on which it builds, gave nothing to compare with")
         began = time.perf_counter()
-        row = Comparison(way.name, way.change, REFERENCE.name, way.dtype, bound=bound(way.dtype, self.result.terms))
+        allowed = bound(way.dtype, self.result.terms)
+        row = Comparison(way.name, way.change, way.base, REFERENCE.name, way.dtype, bound=allowed)
         try:
             if way.compiled:
                 _compiler()
             loss, gradients = self._evaluate(way)
         except Exception as error:
             cannot = way.compiled or isinstance(error, NotImplementedError | torch.OutOfMemoryError)
-            row.verdict, row.reason = "skipped" if cannot else "wrong", _first_line(error)
+            row.verdict = "skipped" if cannot else "wrong"
+            row.reason = f"{type(error).__name__}: {error}".split("\n")[0]
             self.broken.add(way.name)
         else:
             row = self._held(row, way.base, loss, gradients)
@@ -290,7 +296,7 @@ class _Comparing:
         fresh = replace(row, against=base, wrong_parameters=[])
         self._judge(row, loss, gradients, self.loss, self.gradients)
         if not _all_finite(loss, gradients):
-            row.reason = "loss or gradient is not finite"
+            row.verdict, row.reason = "wrong", "loss or gradient is not finite"
             self.broken.add(row.name)
         elif row.verdict == "wrong":
             if base in self.kept:
@@ -303,12 +309,12 @@ class _Comparing:
     def _judge(self, row: Comparison, loss: float, got: Gradients, expected_loss: float, expected: Gradients) -> None:
         unit, tiny = torch.finfo(row.dtype).eps, torch.finfo(row.dtype).tiny
         row.loss, row.expected_loss = loss, expected_loss
-        row.loss_units = _finite(abs(loss - expected_loss) / (unit * self.loss_scale))
+        row.loss_units = abs(loss - expected_loss) / (unit * self.loss_scale)
         for name, reference in expected.items():
             grad = got.get(name)
             error = reference.double().clone() if grad is None else grad.double().sub_(reference)
             ratio = error.abs_().div_(self.scale[name].clamp_min(tiny / unit))
-            worst = _finite(float(ratio.max()) / unit)
+            worst = float(ratio.nan_to_num_(nan=math.inf).max()) / unit
             if worst > row.bound:
                 row.wrong_parameters.append(name)
             if worst > row.units or not row.parameter:
@@ -370,13 +376,12 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return found
 
 
-@contextmanager
-def _in_chunks(n_positions: int, vocab_size: int) -> Iterator[None]:
-    """Cross-entropy in at least 3 chunks where there are positions for it: a small batch would fit into one."""
+def _loss_in_chunks(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """The fused loss in at least 3 chunks where there are positions for it: a small batch would fit into one."""
     before = cross_entropy.CHUNK_ELEMENTS
-    cross_entropy.CHUNK_ELEMENTS = min(before, (n_positions // 3 or 1) * vocab_size)
+    cross_entropy.CHUNK_ELEMENTS = min(before, max(1, len(x_ND) // 3) * len(weight_VD))
     try:
-        yield
+        return cross_entropy.linear_cross_entropy(x_ND, weight_VD, targets_N)
     finally:
         cross_entropy.CHUNK_ELEMENTS = before
 
@@ -390,11 +395,3 @@ def _compiler() -> None:
 
 def _all_finite(loss: float, gradients: Gradients) -> bool:
     return math.isfinite(loss) and all(bool(g.isfinite().all()) for g in gradients.values())
-
-
-def _finite(x: float) -> float:
-    return math.inf if math.isnan(x) else x
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

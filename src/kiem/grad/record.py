@@ -90,7 +90,6 @@ class Recorder(TorchDispatchMode):
         for undo in reversed(self._undo):
             undo()
         self.modules.__exit__()
-        self.name_parameters()
         if error is not None:
             self.graph.failure = Failure(
                 type(error).__name__, str(error), source.traceback_source(error, self.lines)
@@ -212,8 +211,13 @@ class Recorder(TorchDispatchMode):
     def value_of(self, tensor: torch.Tensor) -> int:
         """The value that a tensor shows; made if it was never seen: it came from outside, or through another alias."""
         index = self.seen(tensor)
-        if index is not None:
-            return index
+        if index is None:
+            index = self._other_value(tensor)
+        if tensor.is_leaf and (name := self.modules.name_of(tensor)) is not None:
+            self.graph.values[index].name = name  # parameters carry their path, whatever variable also shows them
+        return index
+
+    def _other_value(self, tensor: torch.Tensor) -> int:
         storage = self.storage_of(tensor)
         known = self._places.get(_place(tensor, storage.index))
         apart = known is not None and self.graph.values[known.value].requires_grad and not tensor.requires_grad
@@ -301,7 +305,7 @@ class Recorder(TorchDispatchMode):
                 self._writer[storage.index] = (None, None)
                 continue
             value = self.new_value(tensor, op, 0)
-            value.is_parameter = isinstance(tensor, torch.nn.Parameter)
+            value.name = self.modules.name_of(tensor)
             self.describe(value, tensor)
             self._writer[storage.index] = (op, value.index)
             values.append(value.index)
@@ -332,17 +336,6 @@ class Recorder(TorchDispatchMode):
                 index = self.seen(tensor)
                 if index is not None and self.graph.values[index].name is None:
                     self.graph.values[index].name = name
-
-    def name_parameters(self) -> None:
-        """Parameters and buffers carry their path, whatever variable also shows them."""
-        with self.pause():
-            for name, tensor in self.modules.tensors():
-                known = self._objects.get(id(tensor))
-                if known is not None and known.reference() is tensor:
-                    storage = self.graph.values[known.value].storage
-                    for value in self.graph.values:
-                        if value.storage == storage and (value.is_parameter or value.producer is None):
-                            value.name = name
 
     def pause(self) -> _Pause:
         """Within it, nothing is recorded."""

@@ -8,7 +8,6 @@ import os
 import sys
 import sysconfig
 import weakref
-from collections.abc import Iterator
 from types import FrameType
 
 import torch
@@ -108,6 +107,7 @@ class ModulePaths:
         self._lines = lines
         self._stack: list[tuple[str, str]] = []
         self._paths: dict[int, tuple[weakref.ref, str]] = {}
+        self._tensors: dict[int, tuple[weakref.ref, str]] = {}
         self._roots: weakref.WeakSet = weakref.WeakSet()
         self._handles: list = []
 
@@ -147,12 +147,12 @@ class ModulePaths:
             return
         name = next((n for n, v in (frame.f_locals if frame else {}).items() if v is module and n != "self"), None)
         name = name or type(module).__name__
+        for path, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            self._tensors[id(tensor)] = (weakref.ref(tensor), f"{name}.{path}")
         for path, child in module.named_modules():
             self._paths[id(child)] = (weakref.ref(child), f"{name}.{path}" if path else name)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters and buffers of every outermost module that ran, each under its first name."""
-        for root in list(self._roots):
-            name = self._paths[id(root)][1]
-            for path, tensor in [*root.named_parameters(), *root.named_buffers()]:
-                yield f"{name}.{path}", tensor
+    def name_of(self, tensor: torch.Tensor) -> str | None:
+        """The path of a parameter or buffer of a module that has run, under its first name."""
+        known = self._tensors.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else None

@@ -8,11 +8,10 @@ from itertools import groupby
 from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.text import Text
 
 from kiem.format import bytes_text, integer_text, number_text, printable
-from kiem.grad.chain import Chain, ChainStep, Link, scalar, tensors
+from kiem.grad.chain import Chain, ChainStep, Link, arguments, scalar, tensors
 from kiem.grad.graph import BackwardCall, Gradient, Graph, Step
 
 MOST_PATHS = 16  # that are listed one by one
@@ -302,20 +301,22 @@ def print_tensors(graph: Graph, console: Console, everything: bool = False) -> N
     say("", f"saved for backward: {bytes_text(totals(graph)['saved_bytes'])} (each storage once, without parameters)")
 
 
-def print_backward(graph: Graph, call: BackwardCall, console: Console) -> None:
-    """Each step of a backward call in the order in which it ran: what arrived, what left to which input."""
+def print_backward(graph: Graph, call: BackwardCall, console: Console, everything: bool = False) -> None:
+    """Each step of a backward call in the order in which it ran: what arrived, what left to which input. Of a long one
+    the first steps, unless everything is asked for."""
     say = _Say(console)
     of = " and ".join(graph.title(v) for v in call.roots)
     say(f"backward {call.index}", f" of {of}  {call.source}", style="bold")
-    for i, step in enumerate(call.steps):
+    shown = call.steps if everything else call.steps[:MOST_LINES]
+    for i, step in enumerate(shown):
         arrives = ", ".join(gradient_text(g) for g in step.into if g is not None) or "nothing"
         for line in _backward_lines(graph, step, i, arrives):
             say(*line)
+    if len(shown) < len(call.steps):
+        say("", f"… {len(call.steps) - len(shown)} more steps")
 
 
 def _backward_lines(graph: Graph, step: Step, i: int, arrives: str) -> Iterator[tuple[str, str]]:
-    from kiem.grad.chain import arguments
-
     hooked = "  (changed by a hook)" if step.changed_by_hook else ""
     if step.leaf is not None:
         yield f"{i + 1:>4}  {graph.title(step.leaf)}", f": gradient {arrives}{hooked}"
@@ -379,10 +380,12 @@ class _Say:
 
     def __call__(self, head: str, rest: str, style: str = "") -> None:
         indent = 0 if head else len(rest) - len(rest.lstrip())
-        text = Text(overflow="fold")
+        text = Text()
         text.append(self._safe(head), style=style or "bold")
         text.append(self._safe(rest.strip() if indent else rest.rstrip()), style=style if not head else None)
-        self._console.print(Padding(text, (0, 0, 0, indent), expand=False))
+        for line in text.wrap(self._console, max(self._console.width - indent, 20), overflow="fold"):
+            line.rstrip()
+            self._console.print(Text(" " * indent) + line, soft_wrap=True)
 
     def _safe(self, part: str) -> str:
         part, encoding = printable(part), self._console.options.encoding

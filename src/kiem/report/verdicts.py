@@ -19,20 +19,21 @@ from kiem.grad.graph import Graph
 from kiem.grad.verify import Result
 
 MOST_ROWS = 30  # of parameters, before they are folded by module
-ORDER = ("wrong", "unchecked", "kink", "ok", "zero")  # what a row of several verdicts is called: the first that occurs
+ORDER = ("wrong", "unchecked", "kink", "ok", "zero")  # how bad, in a row of several
+NUMBERS = ("runs", "gradients", "error", "bound")
+STYLES = {"wrong": "bold red", "unchecked": "yellow", "ok": "green"}
 
 
 def print_result(graph: Graph, result: Result, console: Console) -> None:
-    """The headline, the first wrong operation, and the tables of operations, of parameters, and of what was not checked."""
+    """The headline, the first wrong operation, tables of operations and of parameters, and what was not checked."""
     write = _Writer(console)
     write.line(headline(graph, result), "bold green" if result.ok else "bold red")
     if result.wrong:
         _first_wrong(graph, result, write)
     elif result.wrong_parameters:
         _wrong_parameter(graph, result.wrong_parameters[0], write)
-    write.table(_operations(graph, result))
-    if result.parameters:
-        write.table(_parameters(graph, result))
+    _operations(graph, result, write)
+    _parameters(graph, result, write)
     _remarks(graph, result, write)
 
 
@@ -58,12 +59,14 @@ def headline(graph: Graph, result: Result) -> str:
 def result_dict(graph: Graph, result: Result) -> dict[str, Any]:
     """For JSON. Numbers that are not finite are null; a verdict is one of ok, wrong, kink, zero, unchecked.
 
-    ok: bool. headline: text. seconds: of checking. counts: operations by verdict.
-    operations: per operation and backward call {op, backward, name, label, kind, module, source, backward_source, verdict, text,
-    closed_form, checked_by, inputs}; parameters: per leaf and backward call {backward, name, ...}. `inputs` and `parameters` have
-    {argument, value, name, verdict, dtype, shape, along, numeric, numeric_error, reference, units, bound, element, expected, got,
-    wrong_elements}: along and numeric are autograd's and the numeric derivative along a random direction, units and bound are in
-    units of the precision of dtype, element is the worst. first_wrong: index into operations, or null. notes: texts.
+    `ok`, `headline`, `seconds` (of checking), `counts` (operations by verdict), `notes`, and
+    `operations`: per operation and backward call `op, backward, name, label, kind, module, source, backward_source,
+    verdict, text, closed_form, checked_by, inputs`; `first_wrong` is the index of one of them, or null;
+    `parameters`: per leaf and backward call, `backward` and the keys of an input.
+    An input: `argument, value, name, verdict, dtype, shape, reference`; `along` and `numeric` (± `numeric_error`),
+    autograd's and the numeric derivative along a random direction; `units` and `bound`, the largest error and what
+    rounding explains, in units of the coarsest precision that it was computed in; `element`, the worst, with `expected`
+    and `got` (null: backward returned None); `wrong_elements`, how many.
     """
     operations = []
     for verdict in result.verdicts:
@@ -103,92 +106,93 @@ def _input_dict(graph: Graph, verdict: InputVerdict) -> dict[str, Any]:
 def _first_wrong(graph: Graph, result: Result, write: _Writer) -> None:
     verdict = result.wrong[0]
     op = graph.ops[verdict.op]
-    write.line("")
     where = f"{op.label} in {op.module} ({op.module_class})" if op.module else op.label
-    write.line(f"The first wrong operation on the way back from the loss: {where}")
-    write.field("called at", str(op.source))
-    write.field("", op.source.text)
+    rows = [("called at", str(op.source)), ("", op.source.text)]
     if op.backward_source:
-        write.field("backward at", str(op.backward_source))
-    for number, wrong in enumerate(i for i in verdict.inputs if i.verdict == "wrong"):
-        if number == 3:
-            write.field("", "further arguments are wrong, too: see --json")
-            break
-        _wrong_input(graph, wrong, write)
+        rows.append(("backward at", str(op.backward_source)))
+    wrong = [i for i in verdict.inputs if i.verdict == "wrong"]
+    for one in wrong[:3]:
+        rows += _wrong_input(graph, one)
+    if len(wrong) > 3:
+        rows.append(("", f"{len(wrong) - 3} more arguments are wrong"))
     others = list(dict.fromkeys(v.op for v in result.wrong if v.op != verdict.op))
-    for index in others[:5]:
-        write.field("also wrong", f"{graph.ops[index].label} at {graph.ops[index].source}")
+    rows += [("also wrong", f"{graph.ops[i].label} at {graph.ops[i].source}") for i in others[:5]]
     if len(others) > 5:
-        write.field("", f"and {len(others) - 5} more")
+        rows.append(("", f"and {len(others) - 5} more"))
+    write.line(f"\nThe first wrong operation on the way back from the loss: {where}")
+    write.fields(rows)
 
 
 def _wrong_parameter(graph: Graph, verdict: InputVerdict, write: _Writer) -> None:
-    write.line("")
-    write.line("Each operation by itself is right, but this whole gradient is not: something between them changed it,")
-    write.line("such as a hook, a change through .data, or a part of the way that was not recorded.")
-    _wrong_input(graph, verdict, write)
-
-
-def _wrong_input(graph: Graph, wrong: InputVerdict, write: _Writer) -> None:
-    title = graph.title(wrong.value)
-    named = f" ({title})" if title not in (wrong.argument, f"%{wrong.value}") else ""
-    kind = f"{str(wrong.dtype).removeprefix('torch.')}{list(wrong.shape)}"
-    share = f", {integer_text(wrong.wrong_elements)} of {integer_text(math.prod(wrong.shape))} elements wrong"
-    write.field("argument", f"{wrong.argument}{named}, {kind}{share if wrong.wrong_elements else ''}")
-    if wrong.element is not None:
-        write.field("at element", f"{list(wrong.element)}: expected {_exact(wrong.expected)}, got {_exact(wrong.got)}")
-    elif wrong.got is None:
-        write.field("got", "None, where there is a gradient")
-    write.field(
-        "numerically",
-        f"along a random direction {_exact(wrong.numeric)} +- {wrong.numeric_error:.1g}, by autograd {_exact(wrong.along)}",
+    write.line(
+        "\nEvery operation that was checked is right by itself, but this whole gradient is not: something in between "
+        "changed it, such as a hook, a change through .data, or a part of the way that could not be checked."
     )
-    unit = str(wrong.dtype).removeprefix("torch.")
-    write.field("error", f"{_units(wrong.units)} units of the precision of {unit}; at most {_units(wrong.bound)} is rounding")
+    write.fields(_wrong_input(graph, verdict))
+
+
+def _wrong_input(graph: Graph, wrong: InputVerdict) -> list[tuple[str, str]]:
+    title, dtype = graph.title(wrong.value), str(wrong.dtype).removeprefix("torch.")
+    named = f" ({title})" if title not in (wrong.argument, f"%{wrong.value}") else ""
+    share = f", {integer_text(wrong.wrong_elements)} of {integer_text(math.prod(wrong.shape))} elements wrong"
+    at = "" if wrong.element is None else f"[{', '.join(map(str, wrong.element))}] "
+    rows = [("argument", f"{wrong.argument}{named}, {dtype}{list(wrong.shape)}{share if wrong.wrong_elements else ''}")]
+    if wrong.element is not None:
+        rows.append(("element", f"{at}expected {_exact(wrong.expected)}, got {_exact(wrong.got)}"))
+    elif wrong.got is None:
+        rows.append(("got", "None, which stands for zero"))
+    rows.append(("direction", f"numeric derivative {_exact(wrong.numeric)} ± {wrong.numeric_error:.1g}, "
+                              f"autograd {_exact(wrong.along)}"))  # fmt: skip
+    return [*rows, ("error", f"{_units(wrong.units)} units of precision; rounding explains {_units(wrong.bound)}")]
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _operations(graph: Graph, result: Result) -> Table:
+def _operations(graph: Graph, result: Result, write: _Writer) -> None:
     rows: dict[tuple[str, str], list[Verdict]] = {}
     for verdict in result.verdicts:
-        op = graph.ops[verdict.op]
-        rows.setdefault((op.label, _checked_by(verdict)), []).append(verdict)
-    table = _table("operations, worst error in units of precision", "operation", "runs", "error", "bound", "verdict", "checked by")
-    for (label, by), verdicts in sorted(rows.items(), key=lambda row: (_rank(v.verdict for v in row[1]), row[0])):
-        error, bound = _worst(i for v in verdicts for i in v.inputs)
-        table.add_row(Text(_safe(label)), integer_text(len(verdicts)), error, bound, _mixed(verdicts), by)
-    return table
+        rows.setdefault((graph.ops[verdict.op].label, _checked_by(verdict)), []).append(verdict)
+    ordered = sorted(rows.items(), key=lambda row: (_rank(row[1]), row[0]))
+    write.table(
+        "\nOperations: the worst error and its bound, in units of precision",
+        ("operation", "runs", "error", "bound", "verdict", "checked by"),
+        [(label, integer_text(len(verdicts)), *_worst(i for v in verdicts for i in v.inputs), _mixed(verdicts), by)
+         for (label, by), verdicts in ordered],
+    )  # fmt: skip
 
 
-def _parameters(graph: Graph, result: Result) -> Table:
+def _parameters(graph: Graph, result: Result, write: _Writer) -> None:
     rows: dict[str, list[InputVerdict]] = {}
     for _, verdict in result.parameters:
         rows.setdefault(graph.title(verdict.value), []).append(verdict)
-    what = "parameter"
-    depth = max((title.count(".") for title in rows), default=0)
+    what, depth = "parameter", max((title.count(".") for title in rows), default=0)
     while len(rows) > MOST_ROWS and depth > 0:
-        what = "parameters of"
-        folded: dict[str, list[InputVerdict]] = {}
+        what, folded = "parameters of", {}
         for title, verdicts in rows.items():
             folded.setdefault(".".join(title.split(".")[:depth]), []).extend(verdicts)
         rows, depth = folded, depth - 1
-    table = _table("parameters end to end, worst error in units of precision", what, "gradients", "error", "bound", "verdict")
-    for title, verdicts in rows.items():
-        table.add_row(Text(_safe(title)), integer_text(len(verdicts)), *_worst(verdicts), _mixed(verdicts))
-    return table
+    write.table(
+        "\nParameters end to end: the worst error and its bound, in units of precision",
+        (what, "gradients", "error", "bound", "verdict"),
+        [(title, integer_text(len(verdicts)), *_worst(verdicts), _mixed(verdicts))
+         for title, verdicts in sorted(rows.items(), key=lambda row: _rank(row[1]) > 0)],
+    )  # fmt: skip
 
 
 def _remarks(graph: Graph, result: Result, write: _Writer) -> None:
-    kinks = [v for v in result.verdicts if v.verdict == "kink"]
-    for place, count in Counter(f"{graph.ops[v.op].label} at {graph.ops[v.op].source}" for v in kinks).most_common(10):
-        write.line(f"kink: {place}{_times(count)} met a point without a derivative; autograd's choice lies between the sides")
-    skipped = Counter((graph.ops[v.op].label, str(graph.ops[v.op].source), v.text) for v in result.verdicts if v.verdict == "unchecked")
-    for (label, source, text), count in skipped.most_common(20):
-        write.line(f"not checked: {label} at {source}{_times(count)}: {text}", "yellow")
-    if len(skipped) > 20:
-        write.line(f"not checked: {len(skipped) - 20} more places", "yellow")
+    def place(verdict: Verdict) -> str:
+        return f"{graph.ops[verdict.op].label} at {graph.ops[verdict.op].source}"
+
+    kinks = Counter(place(v) for v in result.verdicts if v.verdict == "kink")
+    skipped = Counter(f"{place(v)}: {v.text}" for v in result.verdicts if v.verdict == "unchecked")
+    for what, count in kinks.most_common(10):
+        write.line(f"kink: {what}{_times(count)} met a point without a derivative; autograd's choice is one of those allowed")
+    for what, count in skipped.most_common(20):
+        write.line(f"not checked: {what}{_times(count)}", "yellow")
+    for counter, shown, what in ((kinks, 10, "kinks at"), (skipped, 20, "not checked:")):
+        if len(counter) > shown:
+            write.line(f"{what} {len(counter) - shown} more places")
     for note in result.notes:
         write.line(f"note: {note}", "yellow")
 
@@ -211,47 +215,57 @@ def _worst(verdicts: Iterable[InputVerdict]) -> tuple[str, str]:
     return ("-", "-") if worst is None else (_units(worst.units), _units(worst.bound))
 
 
-def _rank(verdicts: Iterable[str]) -> int:
-    return min(ORDER.index(v) for v in verdicts)
+def _rank(verdicts: Iterable[Any]) -> int:
+    return min(ORDER.index(v.verdict) for v in verdicts)
 
 
-def _mixed(verdicts: list[Any]) -> Text:
+def _mixed(verdicts: list[Any]) -> str:
     counts = Counter(v.verdict for v in verdicts)
-    parts = [v if len(counts) == 1 else f"{counts[v]} {v}" for v in ORDER if v in counts]
-    style = {"wrong": "bold red", "unchecked": "yellow", "ok": "green"}.get(ORDER[_rank(counts)], "")
-    return Text(", ".join(parts), style=style)
+    return ", ".join(v if len(counts) == 1 else f"{counts[v]} {v}" for v in ORDER if v in counts)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
 class _Writer:
-    """Lines for a console of any width and encoding: foreign text can neither move the cursor nor be markup."""
+    """Foreign text for a console of any width and encoding: it can neither move the cursor nor be markup."""
 
     def __init__(self, console: Console):
         self.console = console
 
+    def safe(self, text: str, style: str = "") -> Text:
+        """As it can be printed."""
+        text, options = printable(text.replace("\r", "\\r")), self.console.options
+        if options.ascii_only:
+            text = text.replace("±", "+-").encode(options.encoding, "backslashreplace").decode(options.encoding)
+        return Text(text, style=style)
+
     def line(self, text: str, style: str = "") -> None:
-        self.console.print(Text(_safe(text), style=style), soft_wrap=False)
+        """One paragraph."""
+        self.console.print(self.safe(text, style))
 
-    def field(self, name: str, text: str) -> None:
-        self.line(f"  {name:<12}{text}")
+    def fields(self, rows: list[tuple[str, str]]) -> None:
+        """Names and what they have, wrapped beside the name."""
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, text in rows:
+            grid.add_row(f"  {name}", self.safe(text))
+        self.console.print(grid)
 
-    def table(self, table: Table) -> None:
-        if table.row_count:
-            self.console.print(table)
-
-
-def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for name in others:
-        table.add_column(name, justify="right" if name in ("runs", "gradients", "error", "bound") else "left", overflow="fold")
-    return table
-
-
-def _safe(text: str) -> str:
-    return printable(text).replace("\n", "\\n")
+    def table(self, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+        """Nothing where there are no rows."""
+        if not rows:
+            return
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for name in columns:
+            table.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
+        for row in rows:
+            styles = [STYLES.get(text.split(",")[0].split(" ")[-1], "") if name == "verdict" else ""
+                      for name, text in zip(columns, row, strict=True)]  # fmt: skip
+            table.add_row(*(self.safe(text, style) for text, style in zip(row, styles, strict=True)))
+        self.line(title, "bold")
+        self.console.print(table)
 
 
 def _units(x: float) -> str:
