@@ -279,8 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in given
     try:
-        cli.main(args=given, prog_name="kiem", standalone_mode=False)
-        return 0
+        code = cli.main(args=given, prog_name="kiem", standalone_mode=False)  # of an Exit that a verb raised
+        return code if isinstance(code, int) else 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as problem:

@@ -4,22 +4,18 @@ from typing import Any
 
 import click
 
-from kiem.console import print_json, to_stderr
-
-TARGET = """TARGET is a Python file (run as it is), module:function, a model configuration, a preset, or the folder of a
-  run (its model on its next batch). Arguments of the program follow; options of its own after `--`."""
-
+from kiem.console import print_json, print_rich, to_stderr
 
 @click.command(context_settings={"show_default": True})
 @click.argument("target")
 @click.argument("arguments", nargs=-1)
-@click.option("--wrt", "leaves", multiple=True, metavar="NAME", help="The chain rule from the loss to this tensor. Repeatable.")
+@click.option("--wrt", "leaves", multiple=True, metavar="NAME", help="The chain rule to this tensor. Repeatable.")
 @click.option("--call", type=int, default=-1, help="Which backward call, from 0; -1 is the last.")
 @click.option("--tensors", is_flag=True, help="The table of all tensors.")
 @click.option("--operations", is_flag=True, help="The table of all operations.")
 @click.option("--backward", is_flag=True, help="Each backward step in order.")
 @click.option("--all", "whole", is_flag=True, help="Long tables and chains in full.")
-@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="Write the page: one file, no network.")
+@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="The page: one file, no network.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON document.")
 def explain(target, arguments, leaves, call, tensors, operations, backward, whole, page, as_json) -> None:
     """Show what a PyTorch program does: every operation, tensor and gradient.
@@ -40,7 +36,9 @@ def explain(target, arguments, leaves, call, tensors, operations, backward, whol
         trace.html(page)
     chains = [trace.explain(name, call).chain for name in leaves] or trace.small_chains(call)
     if as_json:
-        print_json({**trace.to_dict(), "chains": [chain.as_dict() for chain in chains]})
+        from kiem.report.explanation import document
+
+        print_json({**trace.to_dict(), "chains": [document(chain) for chain in chains]})
     else:
         _print_trace(trace, chains, call, tensors, operations, backward, whole)
         if page:
@@ -51,9 +49,10 @@ def explain(target, arguments, leaves, call, tensors, operations, backward, whol
 @click.command()
 @click.argument("target")
 @click.argument("arguments", nargs=-1)
-@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="Write the page, coloured by verdict.")
+@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="The page, coloured by verdict.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress, and no program that shows what is wrong.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdicts as one JSON document.")
-def verify(target, arguments, page, as_json) -> None:
+def verify(target, arguments, page, quiet, as_json) -> None:
     """Prove the gradients of a PyTorch program, on its own data, device and types. Exit code 1 if one is wrong.
 
     Every operation's gradient is held against a numeric derivative in float64 and an independent rule; then every
@@ -71,20 +70,27 @@ def verify(target, arguments, page, as_json) -> None:
     verification = trace.verify()
     if page:
         trace.html(page, verification.result)
-    comparisons = _comparisons(program, as_json) if trace.graph.failure is None else []
+    examples = [] if quiet else verification.minimal_programs()
+    compared = _compared(program, as_json or quiet) if trace.graph.failure is None else None
     if as_json:
         from kiem.report.comparison import comparison_dict
 
-        print_json({"target": trace.title, **verification.to_dict(), "comparisons": [comparison_dict(c) for c in comparisons]})
+        print_json({
+            "target": trace.title, **verification.to_dict(), "minimal_programs": examples,
+            "comparison": None if compared is None else comparison_dict(compared),
+        })  # fmt: skip
     else:
-        click.echo(str(verification))
-        if comparisons:
-            from kiem.report.comparison import print_comparisons
+        from kiem.report.comparison import ComparisonReport
+        from kiem.report.verdicts import print_result
 
-            _on_stdout(lambda console: print_comparisons(comparisons, console))
+        _on_stdout(lambda console: print_result(trace.graph, verification.result, console))
+        for example in examples[:1]:
+            click.echo(f"\nA program that shows it:\n\n{example}")
+        if compared is not None:
+            print_rich(ComparisonReport(compared))
         if page:
             click.echo(f"page: {page}")
-    _end(trace, wrong=not verification.ok or any(c.verdict == "wrong" for c in comparisons))
+    _end(trace, wrong=not verification.ok or (compared is not None and not compared.ok))
 
 
 def _recorded(target: str, arguments: tuple[str, ...], verify: bool, quiet: bool) -> tuple[Any, Any]:
@@ -96,6 +102,9 @@ def _recorded(target: str, arguments: tuple[str, ...], verify: bool, quiet: bool
     from kiem.grad.program import load_program
     from kiem.trace import Trace
 
+    from kiem.runtime import keep_freed_memory
+
+    keep_freed_memory()
     program = load_program(target, arguments)
     trace = Trace(verify, program.library, program.title)
     try:
@@ -111,7 +120,9 @@ def _recorded(target: str, arguments: tuple[str, ...], verify: bool, quiet: bool
     return trace, program
 
 
-def _print_trace(trace: Any, chains: list, call: int, tensors: bool, operations: bool, backward: bool, whole: bool) -> None:
+def _print_trace(
+    trace: Any, chains: list, call: int, tensors: bool, operations: bool, backward: bool, whole: bool
+) -> None:
     from kiem.report import explanation
 
     graph = trace.graph
@@ -130,14 +141,15 @@ def _print_trace(trace: Any, chains: list, call: int, tensors: bool, operations:
     _on_stdout(show)
 
 
-def _comparisons(program: Any, quiet: bool) -> list:
+def _compared(program: Any, quiet: bool) -> Any:
+    """A model's ways of computing, held against one another; None for other programs."""
     if program.model is None:
-        return []
+        return None
     from kiem.grad.compare import compare
 
     if not quiet:
         to_stderr("comparing the model's ways of computing ...")
-    return compare(program)
+    return compare(program.model, program.namespace["batch"], program.documents_apart)
 
 
 def _on_stdout(show: Any) -> None:

@@ -51,13 +51,17 @@ def set_up_process() -> None:
     """Settings that training on CPU needs and that change no result except denormals, which become zero.
 
     Zero-initialised projections make denormal gradients, which slow a CPU down several times (PEERS: measured).
-    glibc gives freed blocks back to the system at once, so that every large tensor is paid for in page faults; the
-    two thresholds let it keep them.
+    glibc gives freed blocks back to the system at once, so that every large tensor is paid for in page faults.
     """
     import torch
 
     check_torch()
     torch.set_flush_denormal(True)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks for the next large tensor."""
     if sys.platform == "linux":
         with_glibc = getattr(ctypes.CDLL(None), "mallopt", None)
         if with_glibc is not None:

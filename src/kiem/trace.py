@@ -161,6 +161,13 @@ class Verification:
         """FILE:LINE of each operation with a wrong gradient, the first that backward came to first."""
         return [str(self._graph.ops[v.op].source) for v in self.result.wrong]
 
+    def minimal_programs(self) -> list[str]:
+        """For the first wrong operations: a standalone program each that shows the error. Each is run once, to be sure."""
+        from kiem.grad.minimal import minimal_program
+
+        return [minimal_program(self._graph, self._graph.ops[case.verdict.op], case.verdict, case.inputs, case.into)
+                for case in self.result.cases]  # fmt: skip
+
     def to_dict(self) -> dict[str, Any]:
         """Verdicts in plain types."""
         from kiem.report.verdicts import result_dict

@@ -1,11 +1,13 @@
-"""One model computed in several ways: right models raise no alarm, a planted mistake is named on its row and on no other."""
+"""One model computed in several ways: right models raise no alarm, a planted mistake is on its row and on no other."""
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
+from torch.nn import functional
 
 from kiem.config.model import ModelConfig
 from kiem.config.presets import default_model
@@ -73,7 +75,7 @@ def test_one_row_alone_is_accumulated_and_compiled_blocks_agree(monkeypatch):
     result = compared(monkeypatch, "qwen3", compiled=True, rows=1)
     assert [row.verdict for row in result.rows if row.name != "compiled"] == ["ok"] * (len(NAMES) - 1)
     row = next(row for row in result.rows if row.name == "compiled")
-    assert row.verdict == "ok" or row.verdict == "skipped" and row.reason
+    assert row.verdict == "ok" or (row.verdict == "skipped" and row.reason)
 
 
 def test_the_model_its_gradients_and_the_random_state_are_left_alone(monkeypatch):
@@ -103,7 +105,7 @@ def test_a_wrong_scale_in_the_fused_loss_is_on_its_row_only(name, monkeypatch):
     rows = only(compared(monkeypatch, name), "fused loss")
     assert rows["fused loss"].against == "reference"
     assert len(rows["fused loss"].wrong_parameters) > 10
-    assert rows["fused feed-forward"].against == "fused loss"
+    assert rows["fused MLP"].against == "fused loss"
     assert rows["accumulated"].against == "as trained"
 
 
@@ -123,12 +125,12 @@ def test_a_gradient_dropped_in_swiglu_is_on_the_row_of_the_feed_forward(monkeypa
     right = feed_forward._SwigluLinear.backward
 
     def wrong(ctx, grad_ND):
-        grad_gate, grad_up, grad_w, grad_b = right(ctx, grad_ND)
+        grad_gate, _, grad_w, grad_b = right(ctx, grad_ND)
         return grad_gate, None, grad_w, grad_b
 
     monkeypatch.setattr(feed_forward._SwigluLinear, "backward", staticmethod(wrong))
     for init in ("gpt2", "zero_output"):
-        row = only(compared(monkeypatch, init=init), "fused feed-forward")["fused feed-forward"]
+        row = only(compared(monkeypatch, init=init), "fused MLP")["fused MLP"]
         assert "blocks.0.mlp.up.weight" in row.wrong_parameters
         assert row.got is None or row.got != row.expected
 
@@ -136,12 +138,10 @@ def test_a_gradient_dropped_in_swiglu_is_on_the_row_of_the_feed_forward(monkeypa
 def test_a_wrong_gelu_is_on_the_row_of_the_feed_forward(monkeypatch):
     right = layers.gelu_linear
     monkeypatch.setattr(layers, "gelu_linear", lambda h, w, b, approximate: right(h, w, b, "none"))
-    only(compared(monkeypatch, "gpt2"), "fused feed-forward")
+    only(compared(monkeypatch, "gpt2"), "fused MLP")
 
 
 def test_a_wrong_attention_kernel_is_on_its_row(monkeypatch):
-    from torch.nn import functional
-
     right = functional.scaled_dot_product_attention
 
     def wrong(q, *args, **kwargs):
@@ -159,8 +159,6 @@ def test_a_mean_of_means_is_on_the_row_of_accumulation(monkeypatch):
         results = [right(model, Keep(), [batch], *rest) for batch in micro_batches]
         for p in model.parameters():
             p.grad /= len(micro_batches)
-        from dataclasses import replace
-
         return replace(results[0], loss=sum(r.loss for r in results) / len(results))
 
     class Keep:
@@ -175,7 +173,8 @@ def test_a_mean_of_means_is_on_the_row_of_accumulation(monkeypatch):
 
 def test_blocks_that_are_recomputed_from_something_else_are_found(monkeypatch):
     right = transformer.checkpoint
-    monkeypatch.setattr(transformer, "checkpoint", lambda block, x, *rest, **options: right(block, x * 1.001, *rest, **options))
+    wrong = lambda block, x, *rest, **options: right(block, x * 1.001, *rest, **options)  # noqa: E731
+    monkeypatch.setattr(transformer, "checkpoint", wrong)
     only(compared(monkeypatch), "recomputed")
 
 

@@ -170,6 +170,8 @@ class BackwardHooks:
         key, op, edges = self._key(node), self.op_of(node), self._edges(node)
         recorder = self._recorder
         leaf = key[1] if key[0] == "leaf" else None
+        if leaf is not None:
+            recorder.graph.values[leaf].hooks = hook_lines(node.variable)
 
         def before(_into) -> None:
             self._kernels.append([])
@@ -219,9 +221,23 @@ class BackwardHooks:
                 call.leaf_grads[value] = self._gradient(grad)
 
 
+def hook_lines(tensor: torch.Tensor) -> tuple[str, ...]:
+    """Where the functions hung on a tensor are defined."""
+    found = []
+    for hooks in (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)):
+        for hook in (hooks or {}).values():
+            code = getattr(hook, "__code__", None)
+            known = code and source.source_of(code.co_filename, code.co_firstlineno, code.co_qualname)
+            found.append(str(known) if known else repr(hook))
+    return tuple(found)
+
+
 def mark_hooks(call: BackwardCall) -> None:
     """Where the contributions to a node's gradient do not add up to what arrived, a hook changed it."""
+    seeded = set(call.root_keys)
     for step, position, total, count in joins(call):
+        if (step.key if step.leaf is not None else (step.key[0], position)) in seeded:
+            continue  # more arrived there than its users sent: what the call began with
         arrived = step.into[position]
         if arrived is None or arrived.sketch.shape != total.shape:
             continue

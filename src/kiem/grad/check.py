@@ -20,7 +20,7 @@ from kiem.grad import rules
 from kiem.grad.graph import BackwardCall, Graph, Op, Step
 from kiem.grad.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge
 from kiem.grad.numeric import Derivative, derivative
-from kiem.grad.replay import CannotReplay, Replay, Tensors, widen
+from kiem.grad.replay import CannotReplay, Replay, Tensors, leading_to, widen
 
 # Arguments of which an operation reads one triangle: its gradient is only meant along such directions.
 STRUCTURE = {
@@ -47,7 +47,7 @@ class Function:
 
     def __init__(self, graph: Graph, op: Op, recorded: Tensors, on_base: bool, wide: bool = True):
         self.graph, self.op, self.recorded, self.on_base = graph, op, recorded, on_base
-        self.ops = [op] if op.kind == "op" else list(inside(graph, op))
+        self.ops = [op] if op.kind == "op" else leading_to(graph, inside(graph, op), op.outputs)
         self.changes = any(o.mutates for o in self.ops)
         if op.kind != "op" and not self.ops:
             raise CannotReplay("nothing of its inside was recorded")
@@ -179,6 +179,11 @@ class _Check:
     def numeric(self, directions: Tensors) -> Derivative:
         """The derivative of Σ g·y along directions of some inputs."""
 
+        if self._only_moves():  # linear: f(x + v) - f(x) = f(v)
+            moved = self.function(self.inputs | directions)
+            along = sum(inner(g, y) for g, y in zip(self.cotangents, moved, strict=True) if g is not None)
+            return Derivative(along, 1e-14 * abs(along), along, along)
+
         def phi(e: float) -> float:
             moved = self.inputs | {v: torch.add(self.inputs[v], d, alpha=e) for v, d in directions.items()}
             return sum(inner(g, widen(y)) for g, y in zip(self.cotangents, self.function(moved), strict=True) if g is not None)
@@ -237,8 +242,7 @@ class _Check:
     def _shake(self, tensor: Tensor) -> Tensor:
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor
-        tensor = widen(tensor)
-        return torch.addcmul(tensor, tensor, self.random.like(tensor), value=NOISE)
+        return self.random.shaken(widen(tensor))
 
     def _shake_saved(self, tensor: Tensor) -> Tensor:
         """As a rounding would: the operation that made it must see the change in what it saved, too."""
@@ -281,8 +285,8 @@ class _Check:
         squares = {v: torch.zeros_like(r, dtype=torch.float64) for v, r in reference.items()}
         for _ in range(0 if self._only_moves() else REPEATS):
             for value, other in self.references(noise=True).items():
-                change = (other - reference[value]).abs().div_(NOISE)
-                squares[value].addcmul_(change, change, value=1 / REPEATS)
+                change = (other - reference[value]).abs_() if not other.is_complex() else (other - reference[value]).abs()
+                squares[value].addcmul_(change, change, value=1 / (REPEATS * NOISE**2))
         return {v: s.sqrt_() for v, s in squares.items()}
 
     def _roundings(self, value: int, unit: float) -> float:

@@ -1,6 +1,6 @@
 """The configurations of one model against each other: the same weights and batch, computed in other ways.
 
-All are held against one reference: float64, every operation written out, no fused path. Each way changes one thing of
+All are held against one reference: float64, no fused path, attention without a kernel. Each way changes one thing of
 another. Where that one differs from the reference itself, agreeing with it is enough, so that a mistake is shown once,
 where it is made.
 
@@ -59,14 +59,14 @@ class Way:
     compiled: bool = False
 
 
-REFERENCE = Way("reference", "", "float64, every operation written out", dtype=torch.float64)
+REFERENCE = Way("reference", "", "float64, no fused path", dtype=torch.float64)
 _FUSED = ("loss", "feed-forward", "attention")
 _TRAINED = Way("as trained", "fused attention", "the training step", fused=_FUSED, trained=True)
 WAYS = (
     Way("float32", "reference", "float32 for float64"),
     Way("fused loss", "float32", "cross-entropy in chunks, with its gradient made in forward", fused=_FUSED[:1]),
-    Way("fused feed-forward", "fused loss", "activation and product in one, less kept", fused=_FUSED[:2]),
-    Way("fused attention", "fused feed-forward", "torch's attention kernel", fused=_FUSED),
+    Way("fused MLP", "fused loss", "activation and product in one, less kept", fused=_FUSED[:2]),
+    Way("fused attention", "fused MLP", "torch's attention kernel", fused=_FUSED),
     _TRAINED,
     replace(_TRAINED, name="accumulated", base="as trained", change="3 uneven micro-batches for one batch", parts=3),
     replace(_TRAINED, name="recomputed", base="as trained", change="blocks run again in backward", recomputed=True),
@@ -220,8 +220,8 @@ class _Comparing:
         return model.train()
 
     def _noise(self) -> None:
-        """Sets `loss_scale` and, for each gradient element, `scale`: its size, and how far a rounding everywhere moves it
-        (root mean square, in multiples of the rounding)."""
+        """Sets `loss_scale` and, for each gradient element, `scale`: its size, and how far a rounding everywhere moves
+        it (root mean square, in multiples of the rounding)."""
         squares = {name: torch.zeros_like(g, dtype=torch.float32) for name, g in self.gradients.items()}
         loss_squares = 0.0
         for _ in range(REPEATS):
@@ -243,8 +243,10 @@ class _Comparing:
         self.loss_scale = abs(self.loss) + loss_squares**0.5
         self.scale = {}
         for name, square in squares.items():
-            # Of two draws one element may by chance have moved little: its row says what is usual.
-            usual = square.mean(-1, keepdim=True).sqrt()
+            # Of two draws one element may by chance have moved little: its row says what is usual. The size of the
+            # whole gradient is there for cancellation inside an operation, as in a GELU far below zero.
+            whole = float(torch.linalg.vector_norm(self.gradients[name])) / square.numel() ** 0.5
+            usual = square.mean(-1, keepdim=True).sqrt().add_(whole)
             self.scale[name] = square.sqrt_().add_(usual).add_(self.gradients[name].abs())
 
     def _shaken(self, x: Tensor) -> Tensor:

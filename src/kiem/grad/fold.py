@@ -44,7 +44,7 @@ class Folder:
         ops, values, calls = self._start
         here = (len(graph.ops), len(graph.values), len(graph.backwards))
         sign = self._sign()
-        if sign != self._signature:
+        if sign != self._signature or here[0] == ops:
             self._signature, self._start = sign, here
             return
         count_ops, count_values = here[0] - ops, here[1] - values

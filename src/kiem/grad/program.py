@@ -50,6 +50,7 @@ class Program:
     library: tuple[str, ...] = ()
     model: nn.Module | None = field(default=None, repr=False)
     loss: Callable[[], Tensor] | None = field(default=None, repr=False)
+    documents_apart: bool = True
     namespace: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def run(self) -> None:
@@ -102,8 +103,8 @@ def _preset(target: str, arguments: list[str]) -> Program:
 
 def _no_arguments(target: str, arguments: list[str]) -> None:
     if arguments:
-        raise ConfigError(f"{target}: takes no arguments, given: {' '.join(arguments)}: only a Python file and "
-                          "module:function take some")
+        given = " ".join(arguments)
+        raise ConfigError(f"{target}: takes no arguments, given: {given}: a Python file and module:function take some")
 
 
 # ---- a Python file
@@ -311,7 +312,13 @@ def _configured(target: str) -> Program:
     text_T = torch.randint(config.model.vocab_size, (T + 1,), generator=generator)
     batch = Batch(text_T[None, :-1], text_T[None, 1:], torch.arange(T)[None], torch.zeros(1, T, dtype=torch.int32), T)
     model = _model(config).initialise(config.seed, config.train.init)
-    return _of_model(f"{target}, a batch of 1 x {T} random tokens", model, config, batch)
+    title = f"{target}, a batch of 1 x {T} random tokens"
+    # A matrix of zeros passes no gradient on: nothing before it would be seen.
+    if zero := [w for w in model.parameters() if w.ndim > 1 and not w.any()]:
+        title += f", random numbers in {len(zero)} matrices that would start as zero"
+        for w in zero:
+            w.data.normal_(0.0, w.shape[1] ** -0.5, generator=generator)
+    return _of_model(title, model, config, batch)
 
 
 def _run_folder(path: Path) -> Program:
@@ -392,4 +399,5 @@ def _of_model(title: str, model: Transformer, config: RunConfig, batch: Batch) -
         result.backward()
         return {"model": model, "loss": result, "batch": batch}
 
-    return Program(title, start, model=model, loss=loss)
+    apart = not config.data.cross_document_attention
+    return Program(title, start, model=model, loss=loss, documents_apart=apart)

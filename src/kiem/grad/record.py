@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kiem.grad import source
-from kiem.grad.backward import BackwardHooks
+from kiem.grad.backward import BackwardHooks, hook_lines
 from kiem.grad.custom import wrap_functions
 from kiem.grad.fold import Folder
 from kiem.grad.graph import Failure, Graph, Op, Ref, Storage, Value, small_data, statistics
@@ -114,23 +114,25 @@ class Recorder(TorchDispatchMode):
     def _record(self, func, sign: Signature, args: tuple, kwargs: dict):
         number = torch._C._autograd._get_sequence_nr()
         frame, region = self.lines.find(sys._getframe(2))
+        if region == "backward" and not self.backward.running:
+            return func(*args, **kwargs)  # the 1 that a backward call begins with
         place = (number, id(frame), frame.f_lasti if frame else 0)
         if sign.detaches and self._last[:3] == place and self.seen(args[0]) == self._last[3]:
             out = func(*args, **kwargs)  # autograd keeps the result of the operation before
             self._show(out, self._last[3])
             return out
         self.name_locals(frame)
-        tensors = sign.tensors(args, kwargs)
+        tensors = [] if sign.makes else sign.tensors(args, kwargs)  # what a list of numbers is copied from is no tensor of the program
         inputs = tuple((name, self.value_of(t)) for name, t in tensors)
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for _, t in tensors)
         edges = tuple(self.edge(t, v) for (_, t), (_, v) in zip(tensors, inputs, strict=True)) if differentiable else ()
         self.keep_inputs(tensors, inputs)
         path, kind = self.modules.current
         op = Op(
-            index=len(self.graph.ops), name=str(func), kind="op", inputs=inputs, outputs=(),
+            index=len(self.graph.ops), name="torch.tensor.default" if sign.makes else str(func), kind="op", inputs=inputs, outputs=(),
             attributes=sign.attributes(args, kwargs), source=source.at(frame), module=path, module_class=kind,
             parent=self.parents[-1] if self.parents else None, region=region, grad_enabled=torch.is_grad_enabled(),
-            edges=edges, call=(func, self.template(args), self.template(kwargs)),
+            edges=edges, call=None if sign.makes else (func, self.template(args), self.template(kwargs)),
         )  # fmt: skip
         if self.backward.running:
             op.region = "recomputed"
@@ -237,7 +239,7 @@ class Recorder(TorchDispatchMode):
     def describe(self, value: Value, tensor: torch.Tensor) -> None:
         """Note what the tensor holds: whole when small, else its statistics."""
         value.stats, value.data = statistics(tensor), small_data(tensor)
-        value.hooks = tuple(_hook_lines(tensor))
+        value.hooks = hook_lines(tensor)
 
     def new_value(self, tensor: torch.Tensor, producer: int | None, output: int) -> Value:
         """A new value for what the tensor holds now."""
@@ -390,11 +392,3 @@ def _generator_state(tensors: list[tuple[str, torch.Tensor]], kwargs: dict) -> t
     device = kwargs.get("device") or (tensors[0][1].device if tensors else torch.device("cpu"))
     device = torch.device(device)
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _hook_lines(tensor: torch.Tensor) -> Iterator[str]:
-    """Where the functions hung on a tensor are defined."""
-    for hooks in (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)):
-        for hook in (hooks or {}).values():
-            code = getattr(hook, "__code__", None)
-            yield str(source.source_of(code.co_filename, code.co_firstlineno, code.co_qualname)) if code else repr(hook)

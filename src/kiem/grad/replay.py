@@ -93,6 +93,22 @@ def _random(op: Op, tensors: Tensors, recorded: Tensors) -> tuple[torch.Tensor |
     return made
 
 
+def leading_to(graph: Graph, ops: Iterable[Op], values: Iterable[int]) -> list[Op]:
+    """Those of the operations that the values depend on: what wrote memory that a needed operation read."""
+    storages = {graph.values[v].storage for v in values}
+    families: set[int] = set()
+    chosen: list[Op] = []
+    for op in reversed(list(ops)):
+        made = {graph.values[v].storage for v in (*op.outputs, *op.mutates)}
+        if op.error or op.call is None or not (made & storages or op.index in families or op.parent in families):
+            continue
+        if op.kind != "op" or op.parent is not None:
+            families.add(op.index if op.kind != "op" else op.parent)
+        chosen.append(op)
+        storages |= {graph.values[v].storage for _, v in op.inputs}
+    return chosen[::-1]
+
+
 class Replay:
     """Operations of a graph as a function of some of their inputs, in float64."""
 
@@ -103,6 +119,10 @@ class Replay:
         self.recorded = recorded
         self.cut = cut
         self._indices = {op.index for op in self.ops}
+        self._viewed: dict[int, int] = {}  # storage -> the first operation that made a view of it
+        for v in graph.values:
+            if v.base is not None and v.output >= 0 and v.producer is not None:
+                self._viewed.setdefault(v.storage, v.producer)
         self._frozen: Tensors = {}  # what a detach gave: a constant
 
     def run(self, given: Tensors, noise: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Tensors:
@@ -112,6 +132,10 @@ class Replay:
             for _, value in op.inputs:
                 if value not in tensors:
                     tensors[value] = self._find(value, tensors)
+            for value in _written(op) if op.mutates and op.kind == "op" else ():
+                if self._alone(value, op.index):
+                    # Nobody sees this memory through a view: a copy keeps what autograd has saved of it.
+                    tensors[value] = tensors[value].clone()
             if op.label == "detach" and self.cut and op.parent is None:
                 if op.outputs[0] not in self._frozen:
                     self._frozen[op.outputs[0]] = tensors[op.inputs[0][1]].detach().clone()
@@ -127,6 +151,10 @@ class Replay:
                     tensors[value] = output
         return tensors
 
+    def _alone(self, value: int, op: int) -> bool:
+        """Whether there was no view of this memory yet."""
+        return self._viewed.get(self.graph.values[value].storage, op) >= op
+
     def _find(self, index: int, tensors: Tensors) -> torch.Tensor:
         """A value that no operation of this replay made: seen through an alias, handed out by a custom Function, or from outside."""
         value = self.graph.values[index]
@@ -137,6 +165,9 @@ class Replay:
                         value.storage, value.version, value.shape, value.offset):
                     return tensors[other.index]
         elif value.producer in self._indices and value.output < 0 and value.base is not None:
+            writer = next((v for v in producer.mutates if self._alone(v, producer.index)), None)
+            if writer in tensors and tensors[writer].shape == value.shape:
+                return tensors[writer]
             if self.graph.values[value.base].shape == value.shape:
                 return self.find(value.base, tensors)
         if index not in self.recorded:

@@ -20,6 +20,7 @@ class Signature:
     defaults: tuple[tuple[str, Any], ...]
     random: bool
     detaches: bool
+    makes: bool  # a new tensor from Python's numbers
 
     def bound(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Arguments by name, in the order of the schema."""
@@ -62,6 +63,7 @@ def signature(func: Any) -> Signature:
         writes=frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write),
         defaults=tuple((a.name, a.default_value) for a in arguments if a.has_default_value()),
         random=torch.Tag.nondeterministic_seeded in func.tags,
+        makes=func is torch.ops.aten.lift_fresh.default,
         detaches=func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default),
     )
 

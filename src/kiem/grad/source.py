@@ -14,7 +14,10 @@ import torch
 
 from kiem.grad.graph import Source
 
-_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+# Of Kiem's own code, the model's mathematics is a program like any other; the rest only carries it.
+_SHOWN = tuple(os.path.join(_OWN, room, "") for room in ("model", "ops", "optim", "train"))
+_CARRIER = os.path.join(_OWN, "grad", "program.py")
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _STANDARD = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
 _SITE = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
@@ -22,6 +25,7 @@ _SITE = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platli
 _REGIONS = {
     os.path.join(_TORCH, "utils", "checkpoint.py"): "checkpoint",
     os.path.join(_TORCH, "optim", "optimizer.py"): "optimizer",
+    os.path.join(_TORCH, "autograd", "__init__.py"): "backward",
 }
 
 
@@ -37,6 +41,8 @@ class Lines:
         if kind is None:
             if file in _REGIONS:
                 kind = _REGIONS[file]
+            elif file.startswith(_SHOWN):
+                kind = "user"
             elif file.startswith((_OWN, _TORCH, "<frozen", "<string>", "<torch")) or file.startswith(self._library or ("\0",)) or file.startswith(_STANDARD) and not file.startswith(_SITE):
                 kind = "library"
             else:
@@ -53,6 +59,8 @@ class Lines:
                 return frame, region
             if kind != "library":
                 region = region or kind
+            if frame.f_code.co_filename == _CARRIER:
+                return frame, region  # a model's own step: above it is only Kiem
             frame = frame.f_back
         return None, region
 
@@ -140,16 +148,24 @@ class ModulePaths:
             self._stack.pop()
 
     def _name_root(self, module: torch.nn.Module) -> None:
+        """Name a module that runs inside no other one, and all that is in it. Its owner may be the object whose method calls
+        it (`self` of a frame above), as a training step that calls the parts of a model itself."""
         self._roots.add(module)
-        frame, _ = self._lines.find(sys._getframe(2))
         known = self._paths.get(id(module))
         if known is not None and known[0]() is module:
             return
-        name = next((n for n, v in (frame.f_locals if frame else {}).items() if v is module and n != "self"), None)
-        name = name or type(module).__name__
-        for path, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        root, name, frame = module, "", sys._getframe(2)
+        while frame is not None:
+            found = frame.f_locals.get("self")
+            if isinstance(found, torch.nn.Module) and found is not root and any(m is root for m in found.modules()):
+                root, name = found, ""
+            if not name and self._lines.find(frame)[0] is frame:
+                name = next((n for n, v in frame.f_locals.items() if v is root and n != "self"), "")
+            frame = frame.f_back
+        name = name or type(root).__name__
+        for path, tensor in [*root.named_parameters(), *root.named_buffers()]:
             self._tensors[id(tensor)] = (weakref.ref(tensor), f"{name}.{path}")
-        for path, child in module.named_modules():
+        for path, child in root.named_modules():
             self._paths[id(child)] = (weakref.ref(child), f"{name}.{path}" if path else name)
 
     def name_of(self, tensor: torch.Tensor) -> str | None:

@@ -7,9 +7,9 @@ import time
 import torch
 
 from kiem.grad.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge
-from kiem.grad.graph import BackwardCall, Graph, Op
+from kiem.grad.graph import BackwardCall, Graph
 from kiem.grad.numeric import derivative
-from kiem.grad.replay import CannotReplay, Replay, Tensors, widen
+from kiem.grad.replay import CannotReplay, Replay, Tensors, leading_to, widen
 
 SECONDS = 20.0  # for numeric derivatives of single leaves; all of them together are always differentiated
 
@@ -30,7 +30,9 @@ def whole_verdicts(graph: Graph, call: BackwardCall, recorded: Tensors, leaves: 
 class _Whole:
     def __init__(self, graph, call, recorded, leaves, roots, start):
         self.graph, self.call, self.got = graph, call, leaves
-        self.ops = needed(graph, call, start)
+        # What ran under no_grad is a constant.
+        ran = (op for op in graph.ops[start : call.after_op] if op.grad_enabled or op.parent is not None)
+        self.ops = leading_to(graph, ran, call.roots)
         self.replay = Replay(graph, self.ops, recorded, cut=True)
         self.shown: dict[int, int] = {}  # value that an operation read -> the leaf that it shows
         for op in self.ops:
@@ -63,7 +65,7 @@ class _Whole:
         if self.changes:
             given = {v: x.clone() for v, x in given.items()}
         if noise is not None:
-            given = {v: x * (1 + self._noise(x)) for v, x in given.items()}
+            given = {v: self._shake(x) for v, x in given.items()}
         tensors = self.replay.run(given, noise)
         return [self.replay.find(v, tensors) for v in self.call.roots]
 
@@ -91,12 +93,12 @@ class _Whole:
             grads = torch.autograd.grad(self.value(moves, noise), list(moves.values()), self.cotangents, allow_unused=True)
         return {leaf: torch.zeros_like(self.leaves[leaf]) if g is None else g for leaf, g in zip(moves, grads, strict=True)}
 
-    def _noise(self, x: torch.Tensor) -> torch.Tensor:
-        return NOISE * self.random.like(x)
+    def _shake(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(x, x, self.random.like(x), value=NOISE)
 
     def _shake_saved(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point():
-            tensor.data.mul_(1 + self._noise(tensor))
+            tensor.data.copy_(self.random.shaken(tensor.data))
         return tensor
 
     def numeric(self, directions: Tensors):
@@ -161,21 +163,3 @@ class _Whole:
                 leaf = storages[self.graph.values[op.inputs[0][1]].storage]
                 notes.append(f"{self.graph.title(leaf)} is also used without gradient: detached at {op.source}")
         return notes
-
-
-def needed(graph: Graph, call: BackwardCall, start: int) -> list[Op]:
-    """The operations of this step that the roots depend on: those that wrote memory that a needed operation read."""
-    storages = {graph.values[v].storage for v in call.roots}
-    families: set[int] = set()
-    chosen: list[Op] = []
-    for op in reversed(graph.ops[start : call.after_op]):
-        if op.parent is None and not op.grad_enabled:
-            continue  # its results are constants
-        made = {graph.values[v].storage for v in op.outputs} | {graph.values[v].storage for v in op.mutates}
-        if op.error or not (made & storages or op.parent in families):
-            continue
-        if op.kind != "op":
-            families.add(op.index)
-        chosen.append(op)
-        storages |= {graph.values[v].storage for _, v in op.inputs}
-    return chosen[::-1]

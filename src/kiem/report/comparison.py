@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from kiem.grad.compare import Comparison, Comparisons
 
 _EXPLAINED = (
-    "reference: float64, every operation written out. Each way changes one thing of the way above it; where that is wrong "
-    "itself, it may agree with it instead. A unit is the precision of the data type, times the number and what a rounding "
-    "everywhere does to it. The bound is 8 units and those of the longest sum, of {terms:,} terms."
+    "reference: float64, no fused path. A way that builds on one that is wrong may agree with that one "
+    "instead. A unit is the precision of the data type, times the number and what a rounding everywhere does to it. "
+    "The bound is 8 units and those of the longest sum, of {terms:,} terms."
 )
 STYLES = {"ok": "green", "wrong": "bold red", "skipped": "dim"}
 
@@ -75,7 +75,7 @@ def _type(row: Comparison) -> str:
 
 
 def _table(result: Comparisons) -> Table:
-    table = Table(title="differences in units", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table = Table(title="differences in units", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in ("way", "against", "loss", "gradient", "bound", "verdict", "time"):
         table.add_column(name, justify="left" if name in ("way", "against", "verdict") else "right", overflow="fold")
     for row in result.rows:

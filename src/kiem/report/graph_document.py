@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kiem.grad.check import Verdict
 from kiem.grad.graph import BackwardCall, Gradient, Graph, Op, Source, Stats, Value, plain
 from kiem.grad.rules.table import Call, find, formula
+from kiem.report.explanation import totals
 
 if TYPE_CHECKING:
     from kiem.grad.verify import Result
@@ -18,7 +19,7 @@ def document(graph: Graph, title: str, result: Result | None = None) -> dict[str
     failure = graph.failure
     return {
         "title": title,
-        "summary": summary(graph),
+        "summary": totals(graph) | {"backward_steps": sum(len(call.steps) for call in graph.backwards)},
         "notes": graph.notes,
         "failure": None if failure is None else {
             "kind": failure.kind, "message": failure.message, "source": _source(failure.source),
@@ -29,21 +30,6 @@ def document(graph: Graph, title: str, result: Result | None = None) -> dict[str
         "repeats": [{"first": r.first, "last": r.last, "times": r.times} for r in graph.repeats],
         "verdicts": None if result is None else {str(v.op): {"verdict": v.verdict, "text": _told(v)} for v in result.verdicts},
     }  # fmt: skip
-
-
-def summary(graph: Graph) -> dict[str, int]:
-    """Counts and bytes of a graph."""
-    leaves = [v for v in graph.values if v.is_leaf and v.requires_grad]
-    saved = {v.storage: graph.storages[v.storage].nbytes for v in graph.values if v.saved_by and not v.is_leaf}
-    return {
-        "operations": len(graph.ops),
-        "tensors": len(graph.values),
-        "leaves": len(leaves),
-        "leaf_elements": sum({v.storage: v.numel for v in leaves}.values()),
-        "backward_calls": len(graph.backwards),
-        "backward_steps": sum(len(call.steps) for call in graph.backwards),
-        "saved_for_backward_bytes": sum(saved.values()),
-    }
 
 
 def _number(value: Any) -> Any:

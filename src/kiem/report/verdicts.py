@@ -53,7 +53,7 @@ def headline(graph: Graph, result: Result) -> str:
     if not checked:
         return "Nothing was checked: no backward call reached an operation that could be."
     worst = max((i.units for v in checked for i in v.inputs if math.isfinite(i.units)), default=0.0)
-    return f"Every gradient is right: {what}; the largest error is {_units(worst)} units of precision."
+    return f"Every gradient is right: {what}; the largest error is {_units(worst)} times the precision."
 
 
 def result_dict(graph: Graph, result: Result) -> dict[str, Any]:
@@ -186,8 +186,10 @@ def _remarks(graph: Graph, result: Result, write: _Writer) -> None:
 
     kinks = Counter(place(v) for v in result.verdicts if v.verdict == "kink")
     skipped = Counter(f"{place(v)}: {v.text}" for v in result.verdicts if v.verdict == "unchecked")
+    if kinks or skipped or result.notes:
+        write.line("")
     for what, count in kinks.most_common(10):
-        write.line(f"kink: {what}{_times(count)} met a point without a derivative; autograd's choice is one of those allowed")
+        write.line(f"kink: {what}{_times(count)} met a point without a derivative; autograd's choice is allowed")
     for what, count in skipped.most_common(20):
         write.line(f"not checked: {what}{_times(count)}", "yellow")
     for counter, shown, what in ((kinks, 10, "kinks at"), (skipped, 20, "not checked:")):
