@@ -94,7 +94,7 @@ class _Whole:
         return {leaf: torch.zeros_like(self.leaves[leaf]) if g is None else g for leaf, g in zip(moves, grads, strict=True)}
 
     def _shake(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(x, x, self.random.like(x), value=NOISE)
+        return x * (1 + NOISE * self.random.like(x))
 
     def _shake_saved(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point():
