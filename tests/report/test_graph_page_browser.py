@@ -439,6 +439,7 @@ UNFOLD = """(title) => {
 }"""
 
 
+@pytest.mark.slow
 def test_a_48_layer_gpt_opens_within_2_s_and_unfolds_within_100_ms(open_page, gpt):
     page = open_page(gpt)
     ready = page.evaluate("performance.getEntriesByName('kiem-ready')[0].startTime")

@@ -139,7 +139,7 @@ class BackwardHooks:
     def _note_saved(self, node) -> None:
         recorder = self._recorder
         op = self.op_of(node)
-        if op is None or op.region == "checkpoint" or op.kind == "compiled":
+        if op is None or op.packed or op.kind == "compiled":
             return
         for name in dir(node):
             if name.startswith("_saved_") or name == "saved_tensors":

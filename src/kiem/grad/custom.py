@@ -47,12 +47,14 @@ def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
         versions = [recorder.storage_of(t).version for _, t in tensors]
         path, kind = recorder.modules.current
         compiled = cls.__module__.startswith("torch._functorch") or cls.__name__ == "CompiledFunction"
+        parent = recorder.parents[-1] if recorder.parents else None
+        again, packed = source.saving(None if parent is None else recorder.graph.ops[parent])
         op = Op(
             index=len(recorder.graph.ops), name=cls.__name__, kind="compiled" if compiled else "function", inputs=inputs,
             outputs=(), attributes={n: a for n, a in zip(names, args, strict=True) if not isinstance(a, torch.Tensor)},
             source=source.at(frame), module=path, module_class=kind,
-            parent=recorder.parents[-1] if recorder.parents else None,
-            region="recomputed" if recorder.backward.running else region, grad_enabled=torch.is_grad_enabled(),
+            parent=parent, region="recomputed" if recorder.backward.running else again or region, packed=packed,
+            grad_enabled=torch.is_grad_enabled(),
             edges=edges if torch.is_grad_enabled() and any(edges) else (), backward_source=_defined(cls),
             call=(cls, recorder.template(args), recorder.template(kwargs)),
         )  # fmt: skip

@@ -107,6 +107,7 @@ class Op:
     module_class: str = ""
     parent: int | None = None  # the custom Function in which it ran
     region: str = ""  # checkpoint, recomputed, optimizer
+    packed: bool = False  # what its backward saves went through saved-tensor hooks
     grad_enabled: bool = True
     mutates: tuple[int, ...] = ()  # values that it changed in place, after the change
     base: int | None = None  # of what it changed, when that is a view: the whole tensor before the change
@@ -204,13 +205,13 @@ class Graph:
 
     def leaves(self) -> Iterator[Value]:
         """Values that gradients are asked for: parameters and other leaves with requires_grad."""
-        return (v for v in self.values if v.is_leaf and v.requires_grad and v.version == 0)
+        return (v for v in self.values if v.is_leaf and v.requires_grad)
 
     def find(self, name: str) -> Value | None:
-        """The value of this name: a leaf of the name first, else the last result that has it."""
+        """The last value of this name: of leaves that ask for a gradient, else of what came from outside, else of all."""
         named = [v for v in self.values if v.name == name]
-        leaves = [v for v in named if v.producer is None]
-        return (leaves or named[-1:] or [None])[0]
+        leaves = [v for v in named if v.is_leaf and v.requires_grad] or [v for v in named if v.producer is None]
+        return (leaves or named or [None])[-1]
 
     def title(self, value: int) -> str:
         """What to call a value: its name, else `%12`."""

@@ -128,10 +128,12 @@ class Recorder(TorchDispatchMode):
         edges = tuple(self.edge(t, v) for (_, t), (_, v) in zip(tensors, inputs, strict=True)) if differentiable else ()
         self.keep_inputs(tensors, inputs)
         path, kind = self.modules.current
+        parent = self.parents[-1] if self.parents else None
+        again, packed = source.saving(None if parent is None else self.graph.ops[parent])
         op = Op(
             index=len(self.graph.ops), name="torch.tensor.default" if sign.makes else str(func), kind="op", inputs=inputs, outputs=(),
             attributes=sign.attributes(args, kwargs), source=source.at(frame), module=path, module_class=kind,
-            parent=self.parents[-1] if self.parents else None, region=region, grad_enabled=torch.is_grad_enabled(),
+            parent=parent, region=again or region, packed=packed, grad_enabled=torch.is_grad_enabled(),
             edges=edges, call=None if sign.makes else (func, self.template(args), self.template(kwargs)),
         )  # fmt: skip
         if self.backward.running:

@@ -12,7 +12,7 @@ from types import FrameType
 
 import torch
 
-from kiem.grad.graph import Source
+from kiem.grad.graph import Op, Source
 
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 # Of Kiem's own code, the model's mathematics is a program like any other; the rest only carries it.
@@ -43,7 +43,9 @@ class Lines:
                 kind = _REGIONS[file]
             elif file.startswith(_SHOWN):
                 kind = "user"
-            elif file.startswith((_OWN, _TORCH, "<frozen", "<string>", "<torch")) or file.startswith(self._library or ("\0",)) or file.startswith(_STANDARD) and not file.startswith(_SITE):
+            elif file.startswith((_OWN, _TORCH, "<frozen", "<string>", "<torch", *self._library)) or (
+                file.startswith(_STANDARD) and not file.startswith(_SITE)
+            ):
                 kind = "library"
             else:
                 kind = "user"
@@ -64,13 +66,6 @@ class Lines:
             frame = frame.f_back
         return None, region
 
-    def inside_checkpoint(self, frame: FrameType | None) -> bool:
-        """Whether torch's checkpointing is on the stack."""
-        while frame is not None:
-            if self._kind(frame.f_code.co_filename) == "checkpoint":
-                return True
-            frame = frame.f_back
-        return False
 
 
 @functools.lru_cache(maxsize=65536)
@@ -97,6 +92,15 @@ def at(frame: FrameType | None) -> Source:
     return source_of(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
 
 
+def saving(parent: Op | None) -> tuple[str, bool]:
+    """Of the operation that runs now, inside the custom Function `parent`: "checkpoint" if its results are thrown away and
+    computed again, and whether what its backward saves goes through somebody's hooks (to unpack it has effects)."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    again = parent is not None and (parent.region == "checkpoint" or parent.name == "CheckpointFunction")
+    again = again or (hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint")
+    return "checkpoint" if again else "", hooks is not None
+
+
 def traceback_source(error: BaseException, lines: Lines) -> Source | None:
     """The innermost line of the user's code in an exception's traceback."""
     found, step = None, error.__traceback__
@@ -106,6 +110,17 @@ def traceback_source(error: BaseException, lines: Lines) -> Source | None:
             found = source_of(frame.f_code.co_filename, step.tb_lineno, frame.f_code.co_qualname)
         step = step.tb_next
     return found
+
+
+def _variable(frame: FrameType, module: torch.nn.Module) -> str:
+    """What a frame calls a module: `layers[1]` of a list of modules, as its loop's variable names them all alike."""
+    local = [(n, v) for n, v in frame.f_locals.items() if n != "self" and not n.startswith("__")]
+    for name, value in local:
+        if isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(m, torch.nn.Module) for m in value):
+            place = next((i for i, m in enumerate(value) if m is module), None)
+            if place is not None:
+                return f"{name}[{place}]"
+    return next((n for n, v in local if v is module), "")
 
 
 class ModulePaths:
@@ -160,7 +175,7 @@ class ModulePaths:
             if isinstance(found, torch.nn.Module) and found is not root and any(m is root for m in found.modules()):
                 root, name = found, ""
             if not name and self._lines.find(frame)[0] is frame:
-                name = next((n for n, v in frame.f_locals.items() if v is root and n != "self"), "")
+                name = _variable(frame, root)
             frame = frame.f_back
         name = name or type(root).__name__
         for path, tensor in [*root.named_parameters(), *root.named_buffers()]:
