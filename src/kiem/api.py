@@ -4,6 +4,7 @@
 """
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -305,8 +306,10 @@ def _new_folder(out: str | Path | None, target: Target, config: RunConfig) -> Pa
     parent = next((place for place in [folder, *folder.absolute().parents] if place.exists()), None)
     if parent is None or not parent.is_dir():
         raise ConfigError(f"{folder}: {parent} is not a folder: choose another place with --out")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise StorageError(f"{folder}: {parent} cannot be written by this user: choose another place with --out")
+    try:
+        tempfile.TemporaryDirectory(prefix=".kiem-", dir=parent).cleanup()
+    except OSError as error:
+        raise StorageError(f"{folder}: {parent} cannot be written ({error.strerror}): choose another place with --out") from None
     return folder
 
 

@@ -122,8 +122,7 @@ def prepare(sources, config, tokenizer, quiet, as_json) -> None:
     """
     from kiem import api
 
-    keys = _config_keys()
-    overrides = [s for s in sources if s.partition("=")[0] in keys]
+    overrides = [s for s in sources if _is_override(s)]
     paths = [s for s in sources if s not in overrides]
     dataset = api.prepare(config, data=_sources(paths), tokenizer=tokenizer, overrides=overrides, quiet=quiet)
     report = {
@@ -333,10 +332,15 @@ def _sources(entries: Any) -> list[str | dict[str, Any]] | None:
     return found or None
 
 
-def _config_keys() -> set[str]:
-    from kiem.config.keys import schema
+def _is_override(text: str) -> bool:
+    """`key=value` of a known key, or of a section (then it is misspelt, which the configuration says)."""
+    from kiem.config.keys import SECTIONS, schema
 
-    return {name for path in schema() for name in (path, path.rpartition(".")[2])}
+    key, sign, _ = text.partition("=")
+    if not sign or os.path.exists(text):
+        return False
+    known = {name for path in schema() for name in (path, path.rpartition(".")[2])}
+    return key in known or key.partition(".")[0] in SECTIONS and "." in key and not os.path.exists(key)
 
 
 def _shown(text: str) -> str:

@@ -15,9 +15,10 @@ from kiem.console import print_json, print_rich, to_stderr
 @click.option("--operations", is_flag=True, help="The table of all operations.")
 @click.option("--backward", is_flag=True, help="Each backward step in order.")
 @click.option("--all", "whole", is_flag=True, help="Long tables and chains in full.")
+@click.option("--eager", is_flag=True, help="Run compiled functions uncompiled, so that their inside is seen.")
 @click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="The page: one file, no network.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON document.")
-def explain(target, arguments, leaves, call, tensors, operations, backward, whole, page, as_json) -> None:
+def explain(target, arguments, leaves, call, tensors, operations, backward, whole, eager, page, as_json) -> None:
     """Show what a PyTorch program does: every operation, tensor and gradient.
 
     TARGET is a Python file (run as it is), module:function, a model configuration, a preset, or the folder of a run (its
@@ -31,10 +32,11 @@ def explain(target, arguments, leaves, call, tensors, operations, backward, whol
       kiem explain gpt2-124m --html gpt2.html
       kiem explain runs/books --tensors
     """
-    trace, _ = _recorded(target, arguments, verify=False, quiet=as_json)
+    _check_folder(page)
+    trace, _ = _recorded(target, arguments, verify=False, eager=eager, quiet=as_json)
+    call, chains = _chains(trace, leaves, call)
     if page:
         trace.html(page)
-    chains = [trace.explain(name, call).chain for name in leaves] or trace.small_chains(call)
     if as_json:
         from kiem.report.explanation import document
 
@@ -49,10 +51,11 @@ def explain(target, arguments, leaves, call, tensors, operations, backward, whol
 @click.command()
 @click.argument("target")
 @click.argument("arguments", nargs=-1)
+@click.option("--eager", is_flag=True, help="Run compiled functions uncompiled, so that their inside is seen.")
 @click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="The page, coloured by verdict.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, and no program that shows what is wrong.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdicts as one JSON document.")
-def verify(target, arguments, page, quiet, as_json) -> None:
+def verify(target, arguments, eager, page, quiet, as_json) -> None:
     """Prove the gradients of a PyTorch program, on its own data, device and types. Exit code 1 if one is wrong.
 
     Every operation's gradient is held against a numeric derivative in float64 and an independent rule; then every
@@ -66,7 +69,8 @@ def verify(target, arguments, page, quiet, as_json) -> None:
       kiem verify gpt2-124m
       kiem verify runs/books
     """
-    trace, program = _recorded(target, arguments, verify=True, quiet=as_json)
+    _check_folder(page)
+    trace, program = _recorded(target, arguments, verify=True, eager=eager, quiet=as_json)
     verification = trace.verify()
     if page:
         trace.html(page, verification.result)
@@ -93,7 +97,7 @@ def verify(target, arguments, page, quiet, as_json) -> None:
     _end(trace, wrong=not verification.ok or (compared is not None and not compared.ok))
 
 
-def _recorded(target: str, arguments: tuple[str, ...], verify: bool, quiet: bool) -> tuple[Any, Any]:
+def _recorded(target: str, arguments: tuple[str, ...], verify: bool, eager: bool, quiet: bool) -> tuple[Any, Any]:
     """Run the target under a recorder. What the program prints stays; its exceptions are kept in the trace."""
     import sys
     from contextlib import redirect_stdout, suppress
@@ -106,7 +110,7 @@ def _recorded(target: str, arguments: tuple[str, ...], verify: bool, quiet: bool
 
     keep_freed_memory()
     program = load_program(target, arguments)
-    trace = Trace(verify, program.library, program.title)
+    trace = Trace(verify, eager, program.library, program.title)
     try:
         with redirect_stdout(sys.stderr if quiet else sys.stdout), trace:
             program.run()
@@ -118,6 +122,33 @@ def _recorded(target: str, arguments: tuple[str, ...], verify: bool, quiet: bool
     with suppress(AttributeError):
         sys.stdout.flush()
     return trace, program
+
+
+def _check_folder(page: str | None) -> None:
+    """Before a program runs, which may take long."""
+    from pathlib import Path
+
+    from kiem.errors import ConfigError
+
+    if page and not Path(page).resolve().parent.is_dir():
+        raise ConfigError(f"--html {page}: there is no folder {Path(page).parent}: make it, or name another file")
+
+
+def _chains(trace: Any, leaves: tuple[str, ...], call: int) -> tuple[int, list]:
+    """The backward call to show and its chains: to `leaves`, or to all where they are few and small. What a program did not
+    come to because it failed is no mistake of the user's: its failure is told instead."""
+    from kiem.errors import ConfigError
+
+    calls = len(trace.graph.backwards)
+    try:
+        if call != -1 and not -calls <= call < calls:
+            made = f"{calls} backward call{'s' if calls != 1 else ''}"
+            raise ConfigError(f"--call {call}: the program made {made}; they count from 0")
+        return call, [trace.explain(name, call).chain for name in leaves] or trace.small_chains(call)
+    except ConfigError:
+        if trace.graph.failure is None:
+            raise
+        return -1, []
 
 
 def _print_trace(

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kiem.errors import ConfigError
-from kiem.grad.record import KEEP_BYTES, Recorder
+from kiem.grad.record import KEEP_BYTES, CompiledRecorder, Recorder
 from kiem.grad.verify import Result, Verifier, verify_recorded
 
 if TYPE_CHECKING:
     import torch
 
     from kiem.grad.chain import Chain
-    from kiem.grad.graph import Graph
+    from kiem.grad.graph import BackwardCall, Graph
 
 
 class Trace:
@@ -26,13 +26,17 @@ class Trace:
         print(trace.explain("model.0.weight"))
         print(trace.verify())
 
-    `verify=True` checks each gradient while the program runs, which needs no memory afterwards. An exception of the program
+    `verify=True` checks each gradient while the program runs, which needs no memory afterwards. A function compiled by
+    torch.compile is one operation; `eager=True` runs it uncompiled instead, so that its inside is seen. An exception of the program
     passes through; the trace then ends where it was raised.
     """
 
-    def __init__(self, verify: bool = False, library: tuple[str, ...] = (), title: str = "recorded program"):
+    def __init__(
+        self, verify: bool = False, eager: bool = False, library: tuple[str, ...] = (), title: str = "recorded program"
+    ):
         self._verifier = Verifier() if verify else None
-        self._recorder = Recorder(library, self._verifier, None if verify else KEEP_BYTES)
+        kind = Recorder if eager else CompiledRecorder
+        self._recorder = kind(library, self._verifier, None if verify else KEEP_BYTES)
         self.title = title
 
     def __enter__(self) -> Trace:
@@ -64,7 +68,8 @@ class Trace:
         calls = self.graph.backwards
         if not -len(calls) <= backward < len(calls):
             raise ConfigError(f"backward {backward}: the program made {len(calls)} backward calls")
-        return Explanation(chain_rule(self.graph, calls[backward], self._leaf(leaf)))
+        with self._recorder.pause():  # in case that it is asked while it records
+            return Explanation(chain_rule(self.graph, calls[backward], self._leaf(leaf, calls[backward])))
 
     def small_chains(self, backward: int = -1) -> list[Chain]:
         """The chain rule of every leaf, where there are few and they are small."""
@@ -76,11 +81,13 @@ class Trace:
         leaves = list(calls[backward].leaf_grads)
         if len(leaves) > 4 or any(self.graph.values[v].numel > 64 for v in leaves):
             return []
-        return [chain_rule(self.graph, calls[backward], v) for v in leaves]
+        with self._recorder.pause():
+            return [chain_rule(self.graph, calls[backward], v) for v in leaves]
 
-    def _leaf(self, leaf: Any) -> int:
+    def _leaf(self, leaf: Any, call: BackwardCall) -> int:
         if isinstance(leaf, str):
-            value = self.graph.find(leaf)
+            value = next((self.graph.values[v] for v in call.leaf_grads if self.graph.values[v].name == leaf), None)
+            value = value or self.graph.find(leaf)
             if value is not None:
                 return value.index
             names = sorted({v.name for v in self.graph.leaves() if v.name})
@@ -92,7 +99,8 @@ class Trace:
 
     def verify(self) -> Verification:
         """Hold every gradient against mathematics. Raises ConfigError if the program was too large to keep."""
-        result = self._verifier.result if self._verifier else verify_recorded(self._recorder)
+        with self._recorder.pause():
+            result = self._verifier.result if self._verifier else verify_recorded(self._recorder)
         return Verification(self.graph, result)
 
     def tensors(self) -> list[dict[str, Any]]:
@@ -182,9 +190,9 @@ class Verification:
     __repr__ = __str__
 
 
-def record(verify: bool = False) -> Trace:
+def record(verify: bool = False, eager: bool = False) -> Trace:
     """Record what the block does: `with kiem.record() as trace: ...`. See Trace."""
-    return Trace(verify)
+    return Trace(verify, eager)
 
 
 def _text(show: Any) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from kiem import cli, errors
 
-VERBS = ["train", "prepare", "eval", "generate", "plan", "completion"]
+VERBS = ["train", "prepare", "eval", "generate", "plan", "explain", "verify", "completion"]
 HEAVY = ("torch", "numpy", "pydantic", "tokenizers", "rich", "yaml")
 
 

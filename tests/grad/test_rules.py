@@ -260,7 +260,12 @@ def against_autograd(case):
     GENERATOR.manual_seed(1)
     call, rule = case.call(), find(str(case.func))
     leaves = {n: t.clone().requires_grad_() for n, t in case.variables.items()}
-    outputs = case.run(leaves)
+    try:
+        outputs = case.run(leaves)
+    except RuntimeError as error:
+        if "is not implemented" in str(error):
+            pytest.skip(f"this torch has no derivative for {case.name}")
+        raise
     wanted = outputs[:1] if case.name in FIRST else outputs
     g = tuple(x(*t.shape) if t.requires_grad and i < len(wanted) else None for i, t in enumerate(outputs))
     found = rule.vjp(call, g)

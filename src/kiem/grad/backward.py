@@ -49,7 +49,7 @@ class BackwardHooks:
         original = torch.autograd._engine_run_backward
 
         def run(t_outputs, *args, **kwargs):
-            if self._recorder.paused:
+            if self._recorder.paused or compiling() or not source.records_here(self._recorder):
                 return original(t_outputs, *args, **kwargs)
             return self._run(original, t_outputs, args, kwargs)
 
@@ -187,7 +187,7 @@ class BackwardHooks:
                 if recorder.observer is not None:
                     recorder.observer.node_ran(recorder, step, op, node, into, out)
                 elif recorder.kept.limit != 0:
-                    size = sum(g.nbytes for g in (*into, *out) if g is not None)
+                    size = sum(g.numel() * g.itemsize for g in (*into, *out) if g is not None)
                     if recorder.kept.claim(size):
                         self.evidence.append((call, step, op, into, () if leaf is not None else out))
                     else:
@@ -219,6 +219,11 @@ class BackwardHooks:
             if isinstance(tensor, torch.Tensor) and grad is not None:
                 value = self._recorder.leaf_value(tensor) if tensor.is_leaf else self._recorder.value_of(tensor)
                 call.leaf_grads[value] = self._gradient(grad)
+
+
+def compiling() -> bool:
+    """Whether torch.compile is tracing: it runs operations, and backward calls, on tensors without elements."""
+    return torch._guards.TracingContext.try_get() is not None or torch.compiler.is_compiling()
 
 
 def hook_lines(tensor: torch.Tensor) -> tuple[str, ...]:

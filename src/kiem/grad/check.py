@@ -20,7 +20,7 @@ from kiem.grad import rules
 from kiem.grad.graph import BackwardCall, Graph, Op, Step
 from kiem.grad.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge
 from kiem.grad.numeric import Derivative, derivative
-from kiem.grad.replay import CannotReplay, Replay, Tensors, leading_to, widen
+from kiem.grad.replay import CannotReplay, Replay, Tensors, flatten, leading_to, widen, with_tensors
 
 # Arguments of which an operation reads one triangle: its gradient is only meant along such directions.
 STRUCTURE = {
@@ -43,18 +43,22 @@ class Verdict:
 
 
 class Function:
-    """A recorded operation as a function of its inputs, by value."""
+    """A recorded operation as a function of its inputs, by value: its operations again, in float64 if `wide`. `called`: the custom
+    Function itself is called again, in its own types: for what is compiled, or computes where nobody looks on."""
 
-    def __init__(self, graph: Graph, op: Op, recorded: Tensors, on_base: bool, wide: bool = True):
-        self.graph, self.op, self.recorded, self.on_base = graph, op, recorded, on_base
+    def __init__(self, graph: Graph, op: Op, recorded: Tensors, on_base: bool, wide: bool = True, called: bool = False):
+        self.graph, self.op, self.recorded, self.on_base, self.called = graph, op, recorded, on_base, called
         self.ops = [op] if op.kind == "op" else leading_to(graph, inside(graph, op), op.outputs)
         self.changes = any(o.mutates for o in self.ops)
-        if op.kind != "op" and not self.ops:
+        if op.kind != "op" and not called and not self.ops:
             raise CannotReplay("nothing of its inside was recorded")
         self._replay = Replay(graph, self.ops, recorded, cut=False, wide=wide)
 
     def __call__(self, given: Tensors, noise=None) -> list[Tensor]:
-        given = {v: t.clone() for v, t in given.items()} if self.changes else dict(given)
+        given = {v: t.clone() for v, t in given.items()} if self.changes or self.called else dict(given)
+        if self.called:
+            function, args, _ = self.op.call
+            return list(flatten(function.apply(*with_tensors(args, self.recorded | given, wide=False))))
         if self.on_base:
             whole, view = self.graph.values[self.op.base], self.graph.values[self.op.inputs[0][1]]
             base = given[self.op.base]
@@ -99,26 +103,34 @@ class _Check:
         self.got, self.names = self._gradients(step, out)
         if not self.got:
             raise CannotReplay("its gradients could not be matched with its inputs")
-        self.inputs: Tensors = {}
-        for _, value in [*op.inputs, *([("base", op.base)] if self.on_base else [])]:
-            if value not in recorded:
-                raise CannotReplay("its inputs were not kept")
-            self.inputs[value] = widen(recorded[value])
-        self.wide = True
-        self.function = Function(graph, op, recorded, self.on_base)
-        with torch.no_grad():
+        if any(value not in recorded for value in self._needed()):
+            raise CannotReplay("its inputs were not kept")
+        self._run_again(into)
+
+    def _needed(self) -> list[int]:
+        return [v for _, v in self.op.inputs] + ([self.op.base] if self.on_base else [])
+
+    def _run_again(self, into: tuple) -> None:
+        """In float64 if that can be, else in its own types; what it gives must be what it gave."""
+        ways = [(True, False), (False, self.op.kind != "op")]
+        for self.wide, called in ways[1:] if self.op.kind == "compiled" else ways:
             try:
-                self.outputs = self.function(self.inputs)
-            except (RuntimeError, NotImplementedError):  # no kernel for float64
-                self.wide = False
-                self.inputs = {v: recorded[v].clone() for v in self.inputs}
-                self.function = Function(graph, op, recorded, self.on_base, wide=False)
-                self.outputs = self.function(self.inputs)
+                self.inputs: Tensors = {
+                    v: widen(self.recorded[v]) if self.wide else self.recorded[v].clone() for v in self._needed()
+                }
+                with torch.no_grad():
+                    self.function = Function(self.graph, self.op, self.recorded, self.on_base, self.wide, called)
+                    self.outputs = self.function(self.inputs)
+                self._reproduces()
+                break
+            except (RuntimeError, NotImplementedError, TypeError, CannotReplay) as reason:
+                failed = reason
+        else:
+            raise failed if isinstance(failed, CannotReplay) else CannotReplay(str(failed).splitlines()[0][:160])
         self.cotangents = [
             None if g is None or not (y.is_floating_point() or y.is_complex()) else widen(g).to(y.device)
             for y, g in zip(self.outputs, [*into, *[None] * len(self.outputs)], strict=False)
         ]
-        self._reproduces()
 
     def _gradients(self, step: Step, out: tuple) -> tuple[dict[int, Tensor | None], dict[int, str]]:
         """The gradient of each input value; of a value that comes in twice, the sum."""

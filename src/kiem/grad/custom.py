@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from kiem.grad import source
+from kiem.grad.backward import compiling
 from kiem.grad.graph import Op, Source
+from kiem.grad.replay import flatten
 
 if TYPE_CHECKING:
     from kiem.grad.record import Recorder
@@ -21,7 +23,8 @@ def wrap_functions(recorder: Recorder) -> Callable[[], None]:
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls, *args, **kwargs):
-        if recorder.paused or torch._C._are_functorch_transforms_active():
+        elsewhere = recorder.paused or compiling() or not source.records_here(recorder)
+        if elsewhere or torch._C._are_functorch_transforms_active():
             return original.__func__(cls, *args, **kwargs)
         return _recorded(recorder, cls, original.__func__, args, kwargs)
 
@@ -34,12 +37,11 @@ def wrap_functions(recorder: Recorder) -> Callable[[], None]:
 
 
 def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
-    from kiem.grad.record import flatten
-
     frame, region = recorder.lines.find(sys._getframe(2))
     with recorder.pause():
         recorder.name_locals(frame)
-        names = _argument_names(cls, len(args))
+        compiled = cls.__module__.startswith("torch._functorch") or cls.__name__ == "CompiledFunction"
+        names = [f"input{i}" for i in range(len(args))] if compiled else _argument_names(cls, len(args))
         tensors = [(name, a) for name, a in zip(names, args, strict=True) if isinstance(a, torch.Tensor)]
         inputs = tuple((name, recorder.value_of(t)) for name, t in tensors)
         edges = tuple(recorder.edge(t, v) for (_, t), (_, v) in zip(tensors, inputs, strict=True))
@@ -81,8 +83,6 @@ def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
 
 
 def _outputs(recorder: Recorder, op: Op, out):
-    from kiem.grad.record import flatten
-
     for i, tensor in enumerate(flatten(out)):
         inner = recorder.seen(tensor)
         value = recorder.new_value(tensor, op.index, i)

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 
 class Folder:
-    """A step ends with an outermost backward call. One that ran the same operations at the same lines with the same shapes as
-    the step before is taken out of the graph again; the values that live on are those of the step that is kept."""
+    """A step ends with an outermost backward call. One that ran the same operations at the same lines with the same
+    shapes as the step before is taken out of the graph again; the values that live on are those of the step that is
+    kept."""
 
     def __init__(self, recorder: Recorder):
         self._recorder = recorder

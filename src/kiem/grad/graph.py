@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 SMALL = 64  # a tensor of at most so many elements is kept whole, of a larger one only its statistics
 
@@ -223,11 +224,28 @@ def gradient(tensor: torch.Tensor, stats: Stats) -> Gradient:
     return Gradient(tuple(tensor.shape), tensor.dtype, stats, sketch(tensor), small_data(tensor))
 
 
+def readable(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The elements as a strided tensor without a graph; None if there are none to look at (meta, fake, inside of vmap)."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if not functorch.is_gradtrackingtensor(tensor):
+            return None
+        tensor = functorch.get_unwrapped(tensor)
+    if tensor.device.type == "meta" or tensor.is_nested or isinstance(tensor, FakeTensor):
+        return None
+    values = tensor.detach()
+    if values.is_quantized:
+        values = values.dequantize()
+    return values if values.layout == torch.strided else values.to_dense()
+
+
 def sketch(tensor: torch.Tensor) -> torch.Tensor:
     """float64 (at most 64,): a linear digest, see `Gradient`."""
-    values = tensor.detach()
+    values = readable(tensor)
+    if values is None:
+        return torch.zeros(0, dtype=torch.float64)
     if values.is_complex():
-        values = torch.view_as_real(values)
+        values = torch.view_as_real(values.resolve_conj())
     if values.numel() <= SMALL:
         return values.reshape(-1).double().cpu()
     kind = torch.float32 if values.dtype.itemsize < 4 else None
@@ -243,15 +261,16 @@ def sketch(tensor: torch.Tensor) -> torch.Tensor:
 
 def small_data(tensor: torch.Tensor) -> Any:
     """Nested lists of the elements when they are few."""
-    return tensor.detach().cpu().tolist() if tensor.numel() <= SMALL and tensor.layout == torch.strided else None
+    values = readable(tensor) if tensor.numel() <= SMALL else None
+    return None if values is None else values.cpu().tolist()
 
 
 def statistics(tensor: torch.Tensor) -> Stats:
-    """Statistics of any tensor with a number type; zeros for an empty one."""
-    values = tensor.detach()
-    if values.is_complex():
+    """Statistics of any tensor with a number type; zeros for an empty one, and for one that cannot be looked at."""
+    values = readable(tensor)
+    if values is not None and values.is_complex():
         values = torch.view_as_real(values.resolve_conj())
-    if values.numel() == 0 or values.layout != torch.strided:
+    if values is None or values.numel() == 0:
         return Stats(0.0, 0.0, 0.0, 0.0, 0)
     if not values.is_contiguous() and _dense(values):
         values = values.as_strided((values.numel(),), (1,))  # the order does not matter, its memory does

@@ -91,7 +91,8 @@ def judge(result: InputVerdict, got: Tensor, reference: Tensor | None, moved: Te
     if reference is None:
         scale = max(abs(number.value), float((got.abs() * direction.abs()).square().sum().sqrt()))
         allowed = unit * result.bound * 5 * scale + 4 * number.error + tiny
-        result.units = abs(result.along - number.value) / (unit * scale) if scale else 0.0
+        if scale:
+            result.units, result.bound = abs(result.along - number.value) / (unit * scale), allowed / (unit * scale)
         if not number.low - allowed <= result.along <= number.high + allowed:
             result.verdict, result.expected, result.got = "wrong", number.value, result.along
         elif number.kink:

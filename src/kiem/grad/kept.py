@@ -1,4 +1,5 @@
-"""Tensors that a recording holds on to, so that operations can be run again: by reference, copied only before they are changed."""
+"""Tensors that a recording holds on to, so that operations can be run again: by reference, copied only before they
+are changed."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from kiem.grad.graph import Value
 
 
 class Kept:
-    """What operations read, by value, up to `limit` bytes (None: no limit); parameters are held by the program anyway and do not
-    count. Once there was too much, nothing is held any more and `complete` is False: a later verification is not possible."""
+    """What operations read, by value, up to `limit` bytes (None: no limit); parameters are held by the program anyway
+    and do not count. Once there was too much, nothing is held any more and `complete` is False: a later verification
+    is not possible."""
 
     def __init__(self, limit: int | None):
         self.tensors: dict[int, torch.Tensor] = {}

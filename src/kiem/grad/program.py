@@ -38,12 +38,9 @@ MOST_TOKENS = 128  # of the random text that a model without a run is shown
 
 @dataclass
 class Program:
-    """Something to run once under a recorder.
-
-    title: what it is, for people. library: path prefixes of code that is not the user's. model, loss: of Kiem's own
-    models; `loss()` makes the loss of the same batch with the same dropout anew. namespace: the names of the program
-    after `run` (also after one that failed).
-    """
+    """Something to run once under a recorder. title: for people. library: path prefixes of code that is not the user's.
+    model, loss, documents_apart: of Kiem's own models; `loss()` makes the loss of the same batch with the same dropout
+    anew. namespace: the names of the program after `run` (also after one that failed)."""
 
     title: str
     start: Callable[[], dict[str, Any]] = field(repr=False)
@@ -64,11 +61,8 @@ class Program:
 
 def load_program(target: str, arguments: Sequence[str] = ()) -> Program:
     """The program that `target` names: a Python file (with its arguments), `module:function` (with text arguments), a
-    model configuration or preset (on random tokens), or a run folder (on its next batch).
-
-    Raises ConfigError for a target that is none of these, CheckpointError and DataError for a run that has lost its
-    checkpoint or its text.
-    """
+    model configuration or preset (on random tokens), or a run folder (on its next batch). Raises ConfigError for a
+    target that is none of these, CheckpointError and DataError for a run that has lost its checkpoint or its text."""
     target, arguments = str(target), list(arguments)
     path = Path(target).expanduser()
     if os.path.isdir(path):
@@ -309,8 +303,8 @@ def _configured(target: str) -> Program:
     wanted = read_config(target)
     config = resolve(wanted, wanted.model.vocab_size if wanted.model else tokenizer_vocab_size(wanted))
     T, generator = min(config.model.context_length, MOST_TOKENS), torch.Generator().manual_seed(config.seed)
-    text_T = torch.randint(config.model.vocab_size, (T + 1,), generator=generator)
-    batch = Batch(text_T[None, :-1], text_T[None, 1:], torch.arange(T)[None], torch.zeros(1, T, dtype=torch.int32), T)
+    text_BT = torch.randint(config.model.vocab_size, (1, T + 1), generator=generator)
+    batch = Batch(text_BT[:, :-1], text_BT[:, 1:], torch.arange(T)[None], torch.zeros(1, T, dtype=torch.int32), T)
     model = _model(config).initialise(config.seed, config.train.init)
     title = f"{target}, a batch of 1 x {T} random tokens"
     # A matrix of zeros passes no gradient on: nothing before it would be seen.

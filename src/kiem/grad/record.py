@@ -25,6 +25,7 @@ from kiem.grad.custom import wrap_functions
 from kiem.grad.fold import Folder
 from kiem.grad.graph import Failure, Graph, Op, Ref, Storage, Value, small_data, statistics
 from kiem.grad.kept import Kept
+from kiem.grad.replay import flatten
 from kiem.grad.schema import Signature, signature
 
 MAX_OPS = 200_000
@@ -61,7 +62,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.graph = Graph()
         self.lines = source.Lines(library)
-        self.modules = source.ModulePaths(self.lines)
+        self.modules = source.ModulePaths(self.lines, self)
         self.observer = observer
         self.paused = 0
         self.parents: list[int] = []  # custom Functions that are running
@@ -246,9 +247,9 @@ class Recorder(TorchDispatchMode):
     def new_value(self, tensor: torch.Tensor, producer: int | None, output: int) -> Value:
         """A new value for what the tensor holds now."""
         storage = self.storage_of(tensor)
-        strided = tensor.layout == torch.strided
+        strided = tensor.layout == torch.strided and not tensor.is_nested
         value = Value(
-            index=len(self.graph.values), shape=tuple(tensor.shape), dtype=tensor.dtype, device=str(tensor.device),
+            index=len(self.graph.values), shape=(tensor.size(0),) if tensor.is_nested else tuple(tensor.shape), dtype=tensor.dtype, device=str(tensor.device),
             strides=tuple(tensor.stride()) if strided else (), offset=tensor.storage_offset() if strided else 0,
             storage=storage.index, version=storage.version, requires_grad=tensor.requires_grad,
             is_leaf=tensor.is_leaf and producer is None, is_parameter=isinstance(tensor, torch.nn.Parameter),
@@ -358,6 +359,15 @@ class Recorder(TorchDispatchMode):
         self.backward.evidence = [e for e in self.backward.evidence if e[0].index < len(self.graph.backwards)]
 
 
+class CompiledRecorder(Recorder):
+    """Leaves compiled functions compiled: each is one operation, with its inputs and outputs (torch's own switch for it)."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether torch.compile may go on under this mode."""
+        return True
+
+
 class _Pause:
     def __init__(self, recorder: Recorder):
         self._recorder = recorder
@@ -372,17 +382,8 @@ class _Pause:
         self._recorder.paused -= 1
 
 
-def flatten(tree: Any) -> Iterator[torch.Tensor]:
-    """The tensors of nested tuples and lists."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, list | tuple):
-        for part in tree:
-            yield from flatten(part)
-
-
 def _place(tensor: torch.Tensor, storage: int) -> tuple:
-    if tensor.layout != torch.strided:
+    if tensor.layout != torch.strided or tensor.is_nested:
         return (storage, id(tensor))
     return (storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 

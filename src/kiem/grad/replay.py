@@ -7,7 +7,7 @@ near zero cannot fall the other way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ def widen(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _argument(value: Any, tensors: Tensors, wide: bool) -> Any:
+def with_tensors(value: Any, tensors: Tensors, wide: bool) -> Any:
+    """Arguments with the tensors in place of each Ref, and float64 in place of float types if `wide`."""
     if isinstance(value, Ref):
         if value.value not in tensors:
             raise CannotReplay(f"its input %{value.value} was not kept")
@@ -39,9 +40,9 @@ def _argument(value: Any, tensors: Tensors, wide: bool) -> Any:
     if isinstance(value, torch.dtype) and wide:
         return torch.complex128 if value.is_complex else torch.float64 if value.is_floating_point else value
     if isinstance(value, list | tuple):
-        return type(value)(_argument(v, tensors, wide) for v in value)
+        return type(value)(with_tensors(v, tensors, wide) for v in value)
     if isinstance(value, dict):
-        return {k: _argument(v, tensors, wide) for k, v in value.items()}
+        return {k: with_tensors(v, tensors, wide) for k, v in value.items()}
     return value
 
 
@@ -50,7 +51,7 @@ def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tu
     func, args, kwargs = op.call
     if op.random:
         return _random(op, tensors, recorded)
-    args, kwargs = _argument(args, tensors, wide), _argument(kwargs, tensors, wide)
+    args, kwargs = with_tensors(args, tensors, wide), with_tensors(kwargs, tensors, wide)
     if op.label == "detach":
         return (args[0].view_as(args[0]),)
     if wide and op.label in ("_softmax", "_log_softmax"):
@@ -107,6 +108,15 @@ def leading_to(graph: Graph, ops: Iterable[Op], values: Iterable[int]) -> list[O
         chosen.append(op)
         storages |= {graph.values[v].storage for _, v in op.inputs}
     return chosen[::-1]
+
+
+def flatten(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors of nested tuples and lists."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from flatten(part)
 
 
 class Replay:

@@ -11,6 +11,7 @@ import weakref
 from types import FrameType
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kiem.grad.graph import Op, Source
 
@@ -92,6 +93,12 @@ def at(frame: FrameType | None) -> Source:
     return source_of(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
 
 
+def records_here(recorder: TorchDispatchMode) -> bool:
+    """Whether the operations of this thread reach the recorder."""
+    stack = range(torch._C._len_torch_dispatch_stack())
+    return any(torch._C._get_dispatch_stack_at(i) is recorder for i in stack)
+
+
 def saving(parent: Op | None) -> tuple[str, bool]:
     """Of the operation that runs now, inside the custom Function `parent`: "checkpoint" if its results are thrown away and
     computed again, and whether what its backward saves goes through somebody's hooks (to unpack it has effects)."""
@@ -126,8 +133,8 @@ def _variable(frame: FrameType, module: torch.nn.Module) -> str:
 class ModulePaths:
     """Which nn.Module is running, by its path from the outermost one, and the names of all parameters seen."""
 
-    def __init__(self, lines: Lines):
-        self._lines = lines
+    def __init__(self, lines: Lines, recorder: TorchDispatchMode):
+        self._lines, self._recorder = lines, recorder
         self._stack: list[tuple[str, str]] = []
         self._paths: dict[int, tuple[weakref.ref, str]] = {}
         self._tensors: dict[int, tuple[weakref.ref, str]] = {}
@@ -152,6 +159,8 @@ class ModulePaths:
         return self._stack[-1] if self._stack else ("", "")
 
     def _enter(self, module: torch.nn.Module, _inputs) -> None:
+        if torch.compiler.is_compiling() or not records_here(self._recorder):
+            return  # traced by torch.compile (what is compiled is one operation), or another thread's
         if not self._stack and module not in self._roots:
             self._name_root(module)
         known = self._paths.get(id(module))
@@ -159,7 +168,7 @@ class ModulePaths:
         self._stack.append((path, type(module).__name__))
 
     def _leave(self, _module, _inputs, _output) -> None:
-        if self._stack:
+        if not torch.compiler.is_compiling() and self._stack and records_here(self._recorder):
             self._stack.pop()
 
     def _name_root(self, module: torch.nn.Module) -> None:

@@ -32,7 +32,8 @@ class Case:
 
 @dataclass
 class Result:
-    """What verification found: verdicts per operation in the order of backward, per leaf end to end, and what was not checked."""
+    """What verification found: verdicts per operation in the order of backward, per leaf end to end, and what was not
+    checked."""
 
     verdicts: list[Verdict] = field(default_factory=list)
     parameters: list[tuple[int, InputVerdict]] = field(default_factory=list)  # backward call, verdict
@@ -153,7 +154,8 @@ def check_safely(graph: Graph, call: BackwardCall, op: Op, step: Step, recorded:
 
 
 def verify_recorded(recorder: Recorder) -> Result:
-    """Verify after the program has ended, from what the recorder kept. Raises ConfigError if it was too much to keep."""
+    """Verify after the program has ended, from what the recorder kept. Raises ConfigError if it was too much to
+    keep."""
     if not recorder.kept.complete:
         raise ConfigError(
             "kiem.record(): the program's tensors were too many to keep for a verification afterwards: verify while it runs, "

@@ -1,4 +1,5 @@
-"""The whole way from the loss to each leaf, in float64: the gradient that the program got, against mathematics end to end."""
+"""The whole way from the loss to each leaf, in float64: the gradient that the program got, against mathematics end to
+end."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ SECONDS = 20.0  # for numeric derivatives of single leaves; all of them together
 
 def whole_verdicts(graph: Graph, call: BackwardCall, recorded: Tensors, leaves: Tensors, roots: dict[tuple, torch.Tensor]
                    ) -> tuple[list[InputVerdict], list[str]]:
-    """A verdict for each leaf that got a gradient in this call, and notes on what was not checked. `roots`: the gradient with which the call began, by key."""
+    """A verdict for each leaf that got a gradient in this call, and notes on what was not checked. `roots`: the
+    gradient with which the call began, by key."""
     if not leaves:
         return [], []
     reached = [step.op for step in call.steps if step.op is not None]
@@ -60,7 +62,8 @@ class _Whole:
         return found
 
     def value(self, moves: Tensors, noise=None) -> list[torch.Tensor]:
-        """The roots as a function of what is added to the leaves, wherever each is read (it may have changed in between)."""
+        """The roots as a function of what is added to the leaves, wherever each is read (it may have changed in
+        between)."""
         given = {v: x if (leaf := self.shown[v]) not in moves else x + moves[leaf] for v, x in self.base.items()}
         if self.changes:
             given = {v: x.clone() for v, x in given.items()}
