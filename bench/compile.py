@@ -1,10 +1,10 @@
-"""What torch.compile gains: a training step of the default family, eager and compiled block by block as `train.compile=true` does it.
+"""What torch.compile gains: a training step of the default family, eager and compiled block by block as
+`train.compile=true` does it.
 
     python bench/compile.py [--depth 6] [--steps 12] [--json]
 
-One process; eager and compiled steps take turns, figures are medians, the ratio is the median over pairs. The first compiled step, which
-compiles, is shown by itself: a run of N steps gains when N times the difference is more.
-"""
+One process; eager and compiled steps take turns, figures are medians, the ratio is the median over pairs. The first
+compiled step, which compiles, is shown by itself: a run of N steps gains when N times the difference is more."""
 
 import argparse
 import json

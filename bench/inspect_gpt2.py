@@ -2,12 +2,12 @@
 
     python bench/inspect_gpt2.py [--rounds 3] [--peer-python PATH] [--json]
 
-The model is transformers' GPT2LMHeadModel without dropout, on random tokens. Each variant runs in a process of its own, in turn,
-`rounds` times; `ratio` is its time over a plain forward and backward (torchlens: a plain forward, as it traces no more) of the same
-process, after one warm-up of both. `memory`: the process's highest resident set while the variant runs, less that of the plain
-steps before. `--peer-python`: an interpreter with torch, transformers and torchlens (an environment of its own: it is no dependency
-of Kiem). gradcheck runs in its fast mode, in float64, on the loss as a function of all parameters; it names no operation.
-"""
+The model is transformers' GPT2LMHeadModel without dropout, on random tokens. Each variant runs in a process of its
+own, in turn, `rounds` times; `ratio` is its time over a plain forward and backward (torchlens: a plain forward, as it
+traces no more) of the same process, after one warm-up of both. `memory`: the process's highest resident set while the
+variant runs, less that of the plain steps before. `--peer-python`: an interpreter with torch, transformers and
+torchlens (an environment of its own: it is no dependency of Kiem). gradcheck runs in its fast mode, in float64, on
+the loss as a function of all parameters; it names no operation."""
 
 import argparse
 import json
@@ -101,7 +101,10 @@ def kiem_verify(end_to_end):
             with Recorder(observer=verifier, keep=None):
                 step()
             result = verifier.result
-            counts = {kind: sum(v.verdict == kind for v in result.verdicts) for kind in ("ok", "kink", "zero", "unchecked", "wrong")}
+            counts = {
+                kind: sum(v.verdict == kind for v in result.verdicts)
+                for kind in ("ok", "kink", "zero", "unchecked", "wrong")
+            }
             return f"{counts}, {len(result.parameters)} parameters end to end"
 
         return step, verified, ""
@@ -126,10 +129,14 @@ def gradcheck_fast(model, tokens, forward, step):
     names, parameters = zip(*model.named_parameters(), strict=True)
 
     def loss(*values):
-        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (tokens,), {"labels": tokens}).loss
+        return torch.func.functional_call(
+            model, dict(zip(names, values, strict=True)), (tokens,), {"labels": tokens}
+        ).loss
 
     def checked():
-        right = torch.autograd.gradcheck(loss, tuple(p.detach().clone().requires_grad_() for p in parameters), fast_mode=True)
+        right = torch.autograd.gradcheck(
+            loss, tuple(p.detach().clone().requires_grad_() for p in parameters), fast_mode=True
+        )
         return f"{right}; float64, {len(parameters)} parameters"
 
     return step, checked, ""
@@ -166,14 +173,18 @@ def main() -> None:
             rows.setdefault(variant, []).append(json.loads(done.stdout.strip().splitlines()[-1]))
             print(variant, rows[variant][-1], file=sys.stderr)
     table = {
-        variant: {key: statistics.median(row[key] for row in found) for key in found[0] if key != "note"} | {"note": found[-1]["note"]}
+        variant: {key: statistics.median(row[key] for row in found) for key in found[0] if key != "note"}
+        | {"note": found[-1]["note"]}
         for variant, found in rows.items()
     }
     if args.json:
         print(json.dumps(table, indent=1))
         return
     for variant, row in table.items():
-        print(f"{variant:28} {row['ratio']:7.2f} x  {row['seconds']:8.2f} s  {row['memory_bytes'] / 1e6:8.0f} MB  {row['note']}")
+        print(
+            f"{variant:28} {row['ratio']:7.2f} x  {row['seconds']:8.2f} s  "
+            f"{row['memory_bytes'] / 1e6:8.0f} MB  {row['note']}"
+        )
 
 
 if __name__ == "__main__":

@@ -309,7 +309,8 @@ def _new_folder(out: str | Path | None, target: Target, config: RunConfig) -> Pa
     try:
         tempfile.TemporaryDirectory(prefix=".kiem-", dir=parent).cleanup()
     except OSError as error:
-        raise StorageError(f"{folder}: {parent} cannot be written ({error.strerror}): choose another place with --out") from None
+        reason = f"{parent} cannot be written ({error.strerror})"
+        raise StorageError(f"{folder}: {reason}: choose another place with --out") from None
     return folder
 
 

@@ -14,7 +14,8 @@ from kiem.errors import ConfigError, KiemError
 
 EXIT_CODES = """
 \b
-Exit codes: 0 done, 1 a wrong gradient, a program that failed, or a bug of Kiem, 2 arguments or configuration, 3 text or tokenizer, 4 checkpoint or run folder,
+Exit codes: 0 done, 1 a wrong gradient, a program that failed, or a bug of Kiem, 2 arguments or configuration,
+            3 text or tokenizer, 4 checkpoint or run folder,
             5 a number that is not finite, 6 run folder in use, 7 disk, 130 stopped and saved.
 """
 
@@ -340,7 +341,8 @@ def _is_override(text: str) -> bool:
     if not sign or os.path.exists(text):
         return False
     known = {name for path in schema() for name in (path, path.rpartition(".")[2])}
-    return key in known or key.partition(".")[0] in SECTIONS and "." in key and not os.path.exists(key)
+    section, dot, _ = key.partition(".")
+    return key in known or bool(dot and section in SECTIONS and not os.path.exists(key))
 
 
 def _shown(text: str) -> str:

@@ -6,6 +6,7 @@ import click
 
 from kiem.console import print_json, print_rich, to_stderr
 
+
 @click.command(context_settings={"show_default": True})
 @click.argument("target")
 @click.argument("arguments", nargs=-1)
@@ -21,11 +22,10 @@ from kiem.console import print_json, print_rich, to_stderr
 def explain(target, arguments, leaves, call, tensors, operations, backward, whole, eager, page, as_json) -> None:
     """Show what a PyTorch program does: every operation, tensor and gradient.
 
-    TARGET is a Python file (run as it is), module:function, a model configuration, a preset, or the folder of a run (its
-    model on its next batch). Arguments of the program follow; options of its own stand after `--`.
+    TARGET is a Python file (run as it is), module:function, a model configuration, a preset, or the folder of a run
+    (its model on its next batch). Arguments of the program follow; options of its own stand after `--`.
 
-    \b
-    Examples:
+    \b Examples:
       kiem explain train_step.py                     what ran, and the chain rule of small programs
       kiem explain train_step.py --wrt model.0.weight
       kiem explain train_step.py --html page.html -- --lr 0.1
@@ -104,9 +104,8 @@ def _recorded(target: str, arguments: tuple[str, ...], verify: bool, eager: bool
 
     from kiem.errors import KiemError
     from kiem.grad.program import load_program
-    from kiem.trace import Trace
-
     from kiem.runtime import keep_freed_memory
+    from kiem.trace import Trace
 
     keep_freed_memory()
     program = load_program(target, arguments)
@@ -135,8 +134,8 @@ def _check_folder(page: str | None) -> None:
 
 
 def _chains(trace: Any, leaves: tuple[str, ...], call: int) -> tuple[int, list]:
-    """The backward call to show and its chains: to `leaves`, or to all where they are few and small. What a program did not
-    come to because it failed is no mistake of the user's: its failure is told instead."""
+    """The backward call to show and its chains: to `leaves`, or to all where they are few and small. What a program
+    did not come to because it failed is no mistake of the user's: its failure is told instead."""
     from kiem.errors import ConfigError
 
     calls = len(trace.graph.backwards)

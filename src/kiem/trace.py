@@ -26,10 +26,9 @@ class Trace:
         print(trace.explain("model.0.weight"))
         print(trace.verify())
 
-    `verify=True` checks each gradient while the program runs, which needs no memory afterwards. A function compiled by
-    torch.compile is one operation; `eager=True` runs it uncompiled instead, so that its inside is seen. An exception of the program
-    passes through; the trace then ends where it was raised.
-    """
+    `verify=True` checks each gradient while the program runs, which needs no memory afterwards. A function compiled
+    by torch.compile is one operation; `eager=True` runs it uncompiled instead, so that its inside is seen. An
+    exception of the program passes through; the trace then ends where it was raised."""
 
     def __init__(
         self, verify: bool = False, eager: bool = False, library: tuple[str, ...] = (), title: str = "recorded program"
@@ -51,7 +50,8 @@ class Trace:
             failed = next((op for op in reversed(self.graph.ops) if op.error), None)
             values = self.graph.values
             call = failed and FailedCall(failed.name, [
-                (name, values[v].shape, str(values[v].dtype).removeprefix("torch."), values[v].device) for name, v in failed.inputs
+                (name, values[v].shape, str(values[v].dtype).removeprefix("torch."), values[v].device)
+                for name, v in failed.inputs
             ])  # fmt: skip
             self.graph.failure.explanation = explain_error(error, call) or ""
 
@@ -91,7 +91,9 @@ class Trace:
             if value is not None:
                 return value.index
             names = sorted({v.name for v in self.graph.leaves() if v.name})
-            raise ConfigError(f"{leaf}: no tensor of the program has this name; leaves: {', '.join(names[:20]) or 'none'}")
+            raise ConfigError(
+                f"{leaf}: no tensor of the program has this name; leaves: {', '.join(names[:20]) or 'none'}"
+            )
         found = self._recorder.find_leaf(leaf)
         if found is None:
             raise ConfigError("explain: this tensor took no part in the recorded program")
@@ -170,7 +172,8 @@ class Verification:
         return [str(self._graph.ops[v.op].source) for v in self.result.wrong]
 
     def minimal_programs(self) -> list[str]:
-        """For the first wrong operations: a standalone program each that shows the error. Each is run once, to be sure."""
+        """For the first wrong operations: a standalone program each that shows the error. Each is run once, to be
+        sure."""
         from kiem.grad.minimal import minimal_program
 
         return [minimal_program(self._graph, self._graph.ops[case.verdict.op], case.verdict, case.inputs, case.into)

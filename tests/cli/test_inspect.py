@@ -155,8 +155,8 @@ def test_a_preset(kiem, programs, monkeypatch):
     """Of a small one: the smallest that ships takes long to record."""
     from kiem.config import presets
 
-    small = {"vocab_size": 64, "context_length": 8, "emb_dim": 8, "n_heads": 2, "n_kv_heads": 2, "head_dim": 4, "hidden_dim": 16,
-             "n_layers": 1}  # fmt: skip
+    small = {"vocab_size": 64, "context_length": 8, "emb_dim": 8, "n_heads": 2, "n_kv_heads": 2,
+             "head_dim": 4, "hidden_dim": 16, "n_layers": 1}  # fmt: skip
     monkeypatch.setitem(presets.PRESETS, "tiny-of-a-test", presets.PRESETS["gpt2-124m"].model_copy(update=small))
     done = kiem("explain", "tiny-of-a-test")
     assert done.code == 0 and "backward 0" in done.out
@@ -199,7 +199,8 @@ def test_explain_in_json(kiem, programs):
     done = kiem("explain", "net.py", "--wrt", "net.2.weight", "--json", "--", "--scale", "3")
     told = json.loads(done.out)
     assert "scale 3.0" in done.err and "scale" not in done.out.split("\n")[0]
-    assert {"title", "summary", "notes", "failure", "values", "ops", "backwards", "repeats", "verdicts", "chains"} <= told.keys()
+    keys = {"title", "summary", "notes", "failure", "values", "ops", "backwards", "repeats", "verdicts", "chains"}
+    assert keys <= told.keys()
     assert told["failure"] is None and told["verdicts"] is None and told["summary"]["leaves"] == 4
     (chain,) = told["chains"]
     assert {"path_names", "equations", "modules", "steps"} <= chain.keys()

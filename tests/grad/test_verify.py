@@ -1,4 +1,5 @@
-"""Programs with a wrong derivative are found at the right line; right programs give no alarm; nothing is said without a check."""
+"""Programs with a wrong derivative are found at the right line; right programs give no alarm; nothing is said without
+a check."""
 
 import contextlib
 import io

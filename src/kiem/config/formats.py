@@ -265,7 +265,7 @@ class Dumper(yaml.SafeDumper):
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Text with a line break of any kind is escaped: between single quotes the reader folds a break into a space."""
+        """Text with a line break of any kind is escaped: between single quotes a reader folds a break into a space."""
         breaks = any(mark in text for mark in "\n\r\x85\u2028\u2029")
         return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if breaks else None)
 

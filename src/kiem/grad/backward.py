@@ -20,7 +20,8 @@ LEAF = "AccumulateGrad"
 
 
 class BackwardHooks:
-    """Wraps torch's engine: before each call it hangs a hook on every node that can be reached, and takes them off after."""
+    """Wraps torch's engine: before each call it hangs a hook on every node that can be reached, and takes them off
+    after."""
 
     def __init__(self, recorder: Recorder):
         self._recorder = recorder
@@ -72,7 +73,8 @@ class BackwardHooks:
             call.retained = bool(args[1]) if len(args) > 1 else False
             graph.backwards.append(call)
             call.root_keys = tuple(
-                recorder.edge(t, v) for t, v in zip((t for t in t_outputs if isinstance(t, torch.Tensor)), roots, strict=True)
+                recorder.edge(t, v)
+                for t, v in zip((t for t in t_outputs if isinstance(t, torch.Tensor)), roots, strict=True)
             )
             handles = [self._hang(call, node) for node in self._reachable(t_outputs)]
         self._calls.append(call)
@@ -251,7 +253,8 @@ def mark_hooks(call: BackwardCall) -> None:
 
 
 def joins(call: BackwardCall):
-    """(step, output position, sum of the sketches sent to it, how many) for each gradient that arrived from other nodes."""
+    """(step, output position, sum of the sketches sent to it, how many) for each gradient that arrived from other
+    nodes."""
     sums: dict[tuple, tuple[torch.Tensor, int]] = {}
     for step in call.steps:
         key = step.key if step.leaf is None else None
@@ -269,8 +272,8 @@ def joins(call: BackwardCall):
 
 
 def adds_up(total: torch.Tensor, arrived: Gradient, count: int) -> bool:
-    """Whether contributions give what arrived, up to the rounding of their sums (a sum of n numbers by halves: log2 n roundings
-    of terms whose root mean square is the norm's)."""
+    """Whether contributions give what arrived, up to the rounding of their sums (a sum of n numbers by halves: log2 n
+    roundings of terms whose root mean square is the norm's)."""
     unit = torch.finfo(arrived.dtype).eps if arrived.dtype.is_floating_point else 1e-6
     numel = max(int(torch.Size(arrived.shape).numel()), 2)
     scale = max(arrived.stats.norm, float(total.norm()))

@@ -1,12 +1,11 @@
 """One operation: is what autograd gave the derivative? Three answers are held against each other.
 
-(a) what the backward of the program gave, on its own data, in its own type;
-(b) the numeric derivative along a random direction, in float64 (numeric.py): it knows nothing but the forward operation;
-(c) an independent rule, in float64: our table, or, for a custom Function, torch's derivatives of the operations inside it. It is
+(a) what the backward of the program gave, on its own data, in its own type; (b) the numeric derivative along a random
+direction, in float64 (numeric.py): it knows nothing but the forward operation; (c) an independent rule, in float64:
+our table, or, for a custom Function, torch's derivatives of the operations inside it. It is
     believed only after (b) agrees with it, and then shows which element is wrong.
 
-How far (a) may be from (c) is said in judge.py.
-"""
+How far (a) may be from (c) is said in judge.py."""
 
 from __future__ import annotations
 
@@ -43,8 +42,9 @@ class Verdict:
 
 
 class Function:
-    """A recorded operation as a function of its inputs, by value: its operations again, in float64 if `wide`. `called`: the custom
-    Function itself is called again, in its own types: for what is compiled, or computes where nobody looks on."""
+    """A recorded operation as a function of its inputs, by value: its operations again, in float64 if `wide`.
+    `called`: the custom Function itself is called again, in its own types: for what is compiled, or computes where
+    nobody looks on."""
 
     def __init__(self, graph: Graph, op: Op, recorded: Tensors, on_base: bool, wide: bool = True, called: bool = False):
         self.graph, self.op, self.recorded, self.on_base, self.called = graph, op, recorded, on_base, called
@@ -90,7 +90,9 @@ def check(graph: Graph, call: BackwardCall, op: Op, step: Step, recorded: Tensor
     try:
         return _Check(graph, call, op, step, recorded, into, out).verdict()
     except CannotReplay as reason:
-        return Verdict(op.index, "unchecked", f"could not be run again: {reason}", closed_form=rules.find(op.name) is not None)
+        return Verdict(
+            op.index, "unchecked", f"could not be run again: {reason}", closed_form=rules.find(op.name) is not None
+        )
 
 
 class _Check:
@@ -113,7 +115,8 @@ class _Check:
     def _run_again(self, into: tuple) -> None:
         """In float64 if that can be, else in its own types; what it gives must be what it gave."""
         ways = [(True, False), (False, self.op.kind != "op")]
-        for self.wide, called in ways[1:] if self.op.kind == "compiled" else ways:
+        for wide, called in ways[1:] if self.op.kind == "compiled" else ways:
+            self.wide = wide
             try:
                 self.inputs: Tensors = {
                     v: widen(self.recorded[v]) if self.wide else self.recorded[v].clone() for v in self._needed()
@@ -170,13 +173,16 @@ class _Check:
     def _unit(self) -> float:
         """The coarsest precision in which it computed."""
         family = self.function.ops if self.op.kind != "op" else [self.op]
-        types = {self.graph.values[v].dtype for o in [self.op, *family] for v in (*o.outputs, *(v for _, v in o.inputs))}
+        types = {
+            self.graph.values[v].dtype for o in [self.op, *family] for v in (*o.outputs, *(v for _, v in o.inputs))
+        }
         return max((torch.finfo(t).eps for t in types if t.is_floating_point or t.is_complex), default=2**-52)
 
     # -- (b) -----------------------------------------------------------------------------------------------------------
 
     def direction(self, value: int) -> Tensor:
-        """Random, of the size of what it is added to, and of its structure where the operation reads only part of it."""
+        """Random, of the size of what it is added to, and of its structure where the operation reads only part of
+        it."""
         x = self.inputs[value]
         scale = float(x.abs().square().mean().sqrt()) if x.numel() else 1.0
         random = self.random.like(x)
@@ -198,10 +204,14 @@ class _Check:
 
         def phi(e: float) -> float:
             moved = self.inputs | {v: torch.add(self.inputs[v], d, alpha=e) for v, d in directions.items()}
-            return sum(inner(g, widen(y)) for g, y in zip(self.cotangents, self.function(moved), strict=True) if g is not None)
+            return sum(
+                inner(g, widen(y)) for g, y in zip(self.cotangents, self.function(moved), strict=True) if g is not None
+            )
 
         with torch.no_grad():
-            size = sum(float((g * y).abs().sum()) for g, y in zip(self.cotangents, self.outputs, strict=True) if g is not None)
+            size = sum(
+                float((g * y).abs().sum()) for g, y in zip(self.cotangents, self.outputs, strict=True) if g is not None
+            )
             return derivative(phi, size) if self.wide else derivative(phi, size, 2.0**-3, self._unit() / 2, tries=2)
 
     # -- (c) -----------------------------------------------------------------------------------------------------------
@@ -233,8 +243,9 @@ class _Check:
             wanted = [v for v in self.got if leaves[v].requires_grad]
             if not pairs:
                 return {v: torch.zeros_like(self.inputs[v]) for v in self.got}
-            grads = torch.autograd.grad([y for y, _ in pairs], [leaves[v] for v in wanted], [g for _, g in pairs],
-                                        allow_unused=True)
+            grads = torch.autograd.grad(
+                [y for y, _ in pairs], [leaves[v] for v in wanted], [g for _, g in pairs], allow_unused=True
+            )
         return {v: torch.zeros_like(leaves[v]) if g is None else g for v, g in zip(wanted, grads, strict=True)}
 
     def _by_rule(self, inputs: Tensors, cotangents: list, moved: bool, noise: bool) -> dict[int, Tensor]:
@@ -297,7 +308,9 @@ class _Check:
         squares = {v: torch.zeros_like(r, dtype=torch.float64) for v, r in reference.items()}
         for _ in range(0 if self._only_moves() else REPEATS):
             for value, other in self.references(noise=True).items():
-                change = (other - reference[value]).abs_() if not other.is_complex() else (other - reference[value]).abs()
+                change = (
+                    (other - reference[value]).abs_() if not other.is_complex() else (other - reference[value]).abs()
+                )
                 squares[value].addcmul_(change, change, value=1 / (REPEATS * NOISE**2))
         return {v: s.sqrt_() for v, s in squares.items()}
 
@@ -311,7 +324,9 @@ class _Check:
         return 8 + terms / 4 * accumulated
 
     def _one(self, value: int, reference: Tensor | None, moved: Tensor | None) -> InputVerdict:
-        result = InputVerdict(self.names[value], value, "ok", self.graph.values[value].dtype, shape=tuple(self.inputs[value].shape))
+        result = InputVerdict(
+            self.names[value], value, "ok", self.graph.values[value].dtype, shape=tuple(self.inputs[value].shape)
+        )
         if reference is not None:
             inside = "the operations inside, by torch" if self.op.kind != "op" else "torch, in float64"
             result.reference = "rule" if self.rule is not None else inside
@@ -320,8 +335,17 @@ class _Check:
         direction = self.direction(value)
         number = self.numeric({value: direction})
         got = self.got[value]
-        judge(result, torch.zeros_like(direction) if got is None else got, reference, moved, unit, direction, number,
-              lambda there: self.numeric({value: there}), lambda: self._sides(value))
+        judge(
+            result,
+            torch.zeros_like(direction) if got is None else got,
+            reference,
+            moved,
+            unit,
+            direction,
+            number,
+            lambda there: self.numeric({value: there}),
+            lambda: self._sides(value),
+        )
         if got is None:
             result.got = None
         return result

@@ -52,7 +52,8 @@ def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
         parent = recorder.parents[-1] if recorder.parents else None
         again, packed = source.saving(None if parent is None else recorder.graph.ops[parent])
         op = Op(
-            index=len(recorder.graph.ops), name=cls.__name__, kind="compiled" if compiled else "function", inputs=inputs,
+            index=len(recorder.graph.ops), name=cls.__name__, kind="compiled" if compiled else "function",
+            inputs=inputs,
             outputs=(), attributes={n: a for n, a in zip(names, args, strict=True) if not isinstance(a, torch.Tensor)},
             source=source.at(frame), module=path, module_class=kind,
             parent=parent, region="recomputed" if recorder.backward.running else again or region, packed=packed,
@@ -70,8 +71,11 @@ def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
     finally:
         recorder.parents.pop()
     with recorder.pause():
-        changed = [v for (_, t), (_, v), n in zip(tensors, inputs, versions, strict=True)
-                   if recorder.storage_of(t).version != n]
+        changed = [
+            v
+            for (_, t), (_, v), n in zip(tensors, inputs, versions, strict=True)
+            if recorder.storage_of(t).version != n
+        ]
         op.mutates = tuple(changed)
         op.outputs = tuple(_outputs(recorder, op, out))
         for tensor in flatten(out):

@@ -1,13 +1,14 @@
 """The graph of what ran: operations, tensors, backward calls. explain, verify and the page read nothing else.
 
-A `Value` is one tensor at one version of its memory: an operation that changes memory in place makes new values. A `Storage`
-is the memory that values share. An `Op` is one operation below autograd (`aten.mul.Tensor`), which is what an autograd node
-differentiates, or one call of a custom `autograd.Function`. A `BackwardCall` is one run of the engine: its steps are the autograd
-nodes in the order in which they ran, each with the gradients that came in and went out.
-"""
+A `Value` is one tensor at one version of its memory: an operation that changes memory in place makes new values. A
+`Storage` is the memory that values share. An `Op` is one operation below autograd (`aten.mul.Tensor`), which is what
+an autograd node differentiates, or one call of a custom `autograd.Function`. A `BackwardCall` is one run of the
+engine: its steps are the autograd nodes in the order in which they ran, each with the gradients that came in and went
+out. """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 SMALL = 64  # a tensor of at most so many elements is kept whole, of a larger one only its statistics
 
@@ -129,8 +131,9 @@ class Op:
 
 @dataclass(slots=True)
 class Gradient:
-    """A gradient that passed an edge. `sketch`: its elements if few, else sums over the indices (of the last dimension, if
-    that is long) that are equal modulo 64; linear, so that contributions can be added without the tensors."""
+    """A gradient that passed an edge. `sketch`: its elements if few, else sums over the indices (of the last
+    dimension, if that is long) that are equal modulo 64; linear, so that contributions can be added without the
+    tensors."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -209,7 +212,8 @@ class Graph:
         return (v for v in self.values if v.is_leaf and v.requires_grad)
 
     def find(self, name: str) -> Value | None:
-        """The last value of this name: of leaves that ask for a gradient, else of what came from outside, else of all."""
+        """The last value of this name: of leaves that ask for a gradient, else of what came from outside, else of
+        all."""
         named = [v for v in self.values if v.name == name]
         leaves = [v for v in named if v.is_leaf and v.requires_grad] or [v for v in named if v.producer is None]
         return (leaves or named or [None])[-1]
@@ -225,18 +229,32 @@ def gradient(tensor: torch.Tensor, stats: Stats) -> Gradient:
 
 
 def readable(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The elements as a strided tensor without a graph; None if there are none to look at (meta, fake, inside of vmap)."""
+    """The elements, strided and without a graph; None if there are none to look at (meta, fake, inside of vmap)."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if not functorch.is_gradtrackingtensor(tensor):
             return None
         tensor = functorch.get_unwrapped(tensor)
-    if tensor.device.type == "meta" or tensor.is_nested or isinstance(tensor, FakeTensor):
+    if functorch.is_legacy_batchedtensor(tensor) or tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
+        return None
+    if not regular(tensor) and tensor.layout == torch.strided:
         return None
     values = tensor.detach()
     if values.is_quantized:
         values = values.dequantize()
     return values if values.layout == torch.strided else values.to_dense()
+
+
+def regular(tensor: torch.Tensor) -> bool:
+    """Whether it has a shape and strides: not sparse, nested, or lazy."""
+    return tensor.layout == torch.strided and not tensor.is_nested and not is_lazy(tensor)
+
+
+def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Of a nested tensor only how many it holds; () of a lazy one."""
+    if is_lazy(tensor):
+        return ()
+    return (tensor.size(0),) if tensor.is_nested else tuple(tensor.shape)
 
 
 def sketch(tensor: torch.Tensor) -> torch.Tensor:
@@ -261,17 +279,24 @@ def sketch(tensor: torch.Tensor) -> torch.Tensor:
 
 def small_data(tensor: torch.Tensor) -> Any:
     """Nested lists of the elements when they are few."""
-    values = readable(tensor) if tensor.numel() <= SMALL else None
-    return None if values is None else values.cpu().tolist()
+    values = None if is_lazy(tensor) or tensor.numel() > SMALL else readable(tensor)
+    with contextlib.suppress(RuntimeError):
+        return None if values is None else values.cpu().tolist()
+    return None
 
 
 def statistics(tensor: torch.Tensor) -> Stats:
     """Statistics of any tensor with a number type; zeros for an empty one, and for one that cannot be looked at."""
     values = readable(tensor)
-    if values is not None and values.is_complex():
-        values = torch.view_as_real(values.resolve_conj())
-    if values is None or values.numel() == 0:
+    try:
+        return Stats(0.0, 0.0, 0.0, 0.0, 0) if values is None or values.numel() == 0 else _statistics(values)
+    except RuntimeError:  # inside of functorch's transforms some have no memory: to look never ends a program
         return Stats(0.0, 0.0, 0.0, 0.0, 0)
+
+
+def _statistics(values: torch.Tensor) -> Stats:
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
     if not values.is_contiguous() and _dense(values):
         values = values.as_strided((values.numel(),), (1,))  # the order does not matter, its memory does
     if not values.is_floating_point() or values.dtype.itemsize < 4:

@@ -1,10 +1,9 @@
 """Is a gradient right? It is held against a reference, element by element, and both against a numeric derivative.
 
-Bounds. An algorithm that is stable errs as if each number in it had been rounded a few times. So the reference is computed again
-with every input, result and arriving gradient changed by relative noise, which shows how far one rounding moves each element:
-`moved`. What is allowed is that times the number of roundings: 8, and for sums of k terms k/4 more in the type that sums are
-kept in. Nothing here is a setting.
-"""
+Bounds. An algorithm that is stable errs as if each number in it had been rounded a few times. So the reference is
+computed again with every input, result and arriving gradient changed by relative noise, which shows how far one
+rounding moves each element: `moved`. What is allowed is that times the number of roundings: 8, and for sums of k
+terms k/4 more in the type that sums are kept in. Nothing here is a setting."""
 
 from __future__ import annotations
 
@@ -80,12 +79,22 @@ class Random:
             yield start, Random._row[first : first + min(ROW, count - start)]
 
 
-def judge(result: InputVerdict, got: Tensor, reference: Tensor | None, moved: Tensor | None, unit: float, direction: Tensor,
-          number: Derivative, numeric: Callable[[Tensor], Derivative], sides: Callable[[], tuple[Tensor, Tensor]]) -> None:
-    """Fill in the verdict of one gradient: `got` against `reference`, element by element, and both against the number.
+def judge(
+    result: InputVerdict,
+    got: Tensor,
+    reference: Tensor | None,
+    moved: Tensor | None,
+    unit: float,
+    direction: Tensor,
+    number: Derivative,
+    numeric: Callable[[Tensor], Derivative],
+    sides: Callable[[], tuple[Tensor, Tensor]],
+) -> None:
+    """Fill in the verdict of one gradient: `got` against `reference`, element by element, and both against the
+    number.
 
-    At a kink the number is no judge: elements whose reference jumps between the `sides` are left out of the direction, and there
-    any value between the sides is a derivative that autograd may choose."""
+    At a kink the number is no judge: elements whose reference jumps between the `sides` are left out of the
+    direction, and there any value between the sides is a derivative that autograd may choose."""
     result.numeric, result.numeric_error, result.along = number.value, number.error, inner(got, direction)
     tiny = 8 * torch.finfo(result.dtype).tiny
     if reference is None:
@@ -133,7 +142,8 @@ def judge(result: InputVerdict, got: Tensor, reference: Tensor | None, moved: Te
 
 
 def _with_neighbours(moved: Tensor) -> Tensor:
-    """A few samples of noise can leave an element unmoved by chance: it gets what is usual in its row and in the tensor."""
+    """A few samples of noise can leave an element unmoved by chance: it gets what is usual in its row and in the
+    tensor."""
     moved = moved.nan_to_num(nan=0.0, posinf=0.0)
     if moved.numel() == 0:
         return moved
@@ -143,8 +153,15 @@ def _with_neighbours(moved: Tensor) -> Tensor:
     return moved.add_(usual)
 
 
-def _plainly_right(result: InputVerdict, got: Tensor, reference: Tensor, moved: Tensor, unit: float, direction: Tensor,
-                   number: Derivative) -> bool:
+def _plainly_right(
+    result: InputVerdict,
+    got: Tensor,
+    reference: Tensor,
+    moved: Tensor,
+    unit: float,
+    direction: Tensor,
+    number: Derivative,
+) -> bool:
     """The same as `judge` for what is right, finite and smooth, in one pass over parts that fit a cache."""
     if number.kink or got.is_complex() or reference.is_complex():
         return False

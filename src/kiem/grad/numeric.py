@@ -1,9 +1,10 @@
-"""Derivatives by number, in float64: central differences, extrapolated twice (Richardson 1911), with an estimate of their error.
+"""Derivatives by number, in float64: central differences, extrapolated twice (Richardson 1911), with an estimate of
+their error.
 
-Along a direction v, phi(e) = f(x + e v) is a function of one number. Its central difference at steps h, h/2, h/4 has an error in
-h², h⁴, ...; two extrapolations leave h⁶. The difference between the last two is the estimate of the error. Where the one-sided
-differences tend to different limits, f has a kink along v, and a derivative may lie anywhere between them.
-"""
+Along a direction v, phi(e) = f(x + e v) is a function of one number. Its central difference at steps h, h/2, h/4 has
+an error in h², h⁴, ...; two extrapolations leave h⁶. The difference between the last two is the estimate of the
+error. Where the one-sided differences tend to different limits, f has a kink along v, and a derivative may lie
+anywhere between them."""
 
 from __future__ import annotations
 
@@ -30,8 +31,11 @@ class Derivative:
         return math.isfinite(self.error) and self.high - self.low > 2 * self.error
 
 
-def derivative(phi: Callable[[float], float], size: float, step: float = 2.0**-7, unit: float = UNIT, tries: int = 5) -> Derivative:
-    """d phi / d e at 0. `size`: the sum of the magnitudes of the terms of phi(0), which bounds its rounding by `unit`."""
+def derivative(
+    phi: Callable[[float], float], size: float, step: float = 2.0**-7, unit: float = UNIT, tries: int = 5
+) -> Derivative:
+    """d phi / d e at 0. `size`: the sum of the magnitudes of the terms of phi(0), which bounds its rounding by
+    `unit`."""
     middle = phi(0.0)
     best: Derivative | None = None
     for attempt in range(tries):
@@ -58,7 +62,9 @@ def _better(one: Derivative, best: Derivative) -> bool:
     """A smaller error; but a large asymmetry that is not yet a kink only says that the step was too wide."""
     if one.kink != best.kink:
         return one.kink if best.asymmetry > 4 * one.error else not one.kink and one.asymmetry < best.asymmetry / 4
-    return one.error + 0.1 * (0.0 if one.kink else one.asymmetry) < best.error + 0.1 * (0.0 if best.kink else best.asymmetry)
+    return one.error + 0.1 * (0.0 if one.kink else one.asymmetry) < best.error + 0.1 * (
+        0.0 if best.kink else best.asymmetry
+    )
 
 
 def _at_step(phi, middle: float, known: tuple[float, float, float], step: float, rounding: float) -> Derivative:

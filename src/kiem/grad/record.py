@@ -1,11 +1,11 @@
 """Record what a PyTorch program does, as one graph, while it runs unchanged.
 
-A TorchDispatchMode sees every operation below autograd. Autograd numbers its nodes as it makes them, one per operation, just before
-the operation reaches us: the number ties an operation to its node, whatever becomes of the tensor objects in between. Tensors are
-told apart by the memory that they show (storage, offset, shape, strides) and its version. Hooks on the nodes of each backward call
-see the gradients. Three entry points of torch are wrapped while recording and put back after: `autograd.Function.apply`,
-`autograd._engine_run_backward`, and the global forward hooks of nn.Module.
-"""
+A TorchDispatchMode sees every operation below autograd. Autograd numbers its nodes as it makes them, one per
+operation, just before the operation reaches us: the number ties an operation to its node, whatever becomes of the
+tensor objects in between. Tensors are told apart by the memory that they show (storage, offset, shape, strides) and
+its version. Hooks on the nodes of each backward call see the gradients. Three entry points of torch are wrapped while
+recording and put back after: `autograd.Function.apply`, `autograd._engine_run_backward`, and the global forward hooks
+of nn.Module. """
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from kiem.grad import source
 from kiem.grad.backward import BackwardHooks, hook_lines
 from kiem.grad.custom import wrap_functions
 from kiem.grad.fold import Folder
-from kiem.grad.graph import Failure, Graph, Op, Ref, Storage, Value, small_data, statistics
+from kiem.grad.graph import Failure, Graph, Op, Ref, Storage, Value, regular, shape_of, small_data, statistics
 from kiem.grad.kept import Kept
 from kiem.grad.replay import flatten
-from kiem.grad.schema import Signature, signature
+from kiem.grad.schema import Signature, generator_state, signature
 
 MAX_OPS = 200_000
 KEEP_BYTES = 224 << 20
@@ -42,7 +42,8 @@ class Observer(Protocol):
         """An outermost backward call is over."""
 
     def folded(self, start: tuple[int, int, int], counts: tuple[int, int, int]) -> None:
-        """Operations, values and backward calls from `start` on repeated the `counts` before them and left the graph."""
+        """Operations, values and backward calls from `start` on repeated the `counts` before them and left the
+        graph."""
 
 
 @dataclass(slots=True)
@@ -55,8 +56,11 @@ class _Seen:
 
 
 class Recorder(TorchDispatchMode):
-    """`with Recorder() as recorder: ...` fills `recorder.graph`. `library`: path prefixes whose lines are not the user's.
-    `observer` looks on. `keep`: bytes of inputs and gradients that may be held for a later verification (None: no bound)."""
+    """`with Recorder() as recorder: ...` fills `recorder.graph`. `library`: path prefixes whose lines are not the
+    user's. `observer` looks on. `keep`: bytes of inputs and gradients that may be held for a later verification
+    (None: no bound)."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, library: tuple[str, ...] = (), observer: Observer | None = None, keep: int | None = KEEP_BYTES):
         super().__init__()
@@ -100,9 +104,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.paused or len(self.graph.ops) >= MAX_OPS or not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)  # among them the higher-order operations, whose inside reaches us by itself
         sign = signature(func)
-        if self.paused or len(self.graph.ops) >= MAX_OPS:
-            return func(*args, **kwargs)
         if self.backward.running and not torch.is_grad_enabled():
             self.backward.kernels.append(str(func))
             written = [t for _, t in sign.written(args, kwargs)]
@@ -118,12 +122,13 @@ class Recorder(TorchDispatchMode):
         if region == "backward" and not self.backward.running:
             return func(*args, **kwargs)  # the 1 that a backward call begins with
         place = (number, id(frame), frame.f_lasti if frame else 0)
-        if sign.detaches and self._last[:3] == place and self.seen(args[0]) == self._last[3]:
+        if sign.detaches and self._last[:3] == place and self.seen(args[0]) == self._last[3] is not None:
             out = func(*args, **kwargs)  # autograd keeps the result of the operation before
             self._show(out, self._last[3])
             return out
         self.name_locals(frame)
-        tensors = [] if sign.makes else sign.tensors(args, kwargs)  # what a list of numbers is copied from is no tensor of the program
+        # What a list of numbers is copied from is no tensor of the program.
+        tensors = [] if sign.makes else sign.tensors(args, kwargs)
         inputs = tuple((name, self.value_of(t)) for name, t in tensors)
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for _, t in tensors)
         edges = tuple(self.edge(t, v) for (_, t), (_, v) in zip(tensors, inputs, strict=True)) if differentiable else ()
@@ -132,7 +137,8 @@ class Recorder(TorchDispatchMode):
         parent = self.parents[-1] if self.parents else None
         again, packed = source.saving(None if parent is None else self.graph.ops[parent])
         op = Op(
-            index=len(self.graph.ops), name="torch.tensor.default" if sign.makes else str(func), kind="op", inputs=inputs, outputs=(),
+            index=len(self.graph.ops), name="torch.tensor.default" if sign.makes else str(func), kind="op",
+            inputs=inputs, outputs=(),
             attributes=sign.attributes(args, kwargs), source=source.at(frame), module=path, module_class=kind,
             parent=parent, region=again or region, packed=packed, grad_enabled=torch.is_grad_enabled(),
             edges=edges, call=None if sign.makes else (func, self.template(args), self.template(kwargs)),
@@ -140,7 +146,7 @@ class Recorder(TorchDispatchMode):
         if self.backward.running:
             op.region = "recomputed"
         if sign.random and op.attributes.get("dropout_p", 1.0) != 0.0:
-            op.random, op.rng_state = True, _generator_state(tensors, kwargs)
+            op.random, op.rng_state = True, generator_state(tensors, kwargs)
         written = sign.written(args, kwargs)
         if differentiable and written and written[0][1]._is_view():
             op.base = self.value_of(written[0][1]._base)
@@ -247,9 +253,9 @@ class Recorder(TorchDispatchMode):
     def new_value(self, tensor: torch.Tensor, producer: int | None, output: int) -> Value:
         """A new value for what the tensor holds now."""
         storage = self.storage_of(tensor)
-        strided = tensor.layout == torch.strided and not tensor.is_nested
+        strided = regular(tensor)
         value = Value(
-            index=len(self.graph.values), shape=(tensor.size(0),) if tensor.is_nested else tuple(tensor.shape), dtype=tensor.dtype, device=str(tensor.device),
+            index=len(self.graph.values), shape=shape_of(tensor), dtype=tensor.dtype, device=str(tensor.device),
             strides=tuple(tensor.stride()) if strided else (), offset=tensor.storage_offset() if strided else 0,
             storage=storage.index, version=storage.version, requires_grad=tensor.requires_grad,
             is_leaf=tensor.is_leaf and producer is None, is_parameter=isinstance(tensor, torch.nn.Parameter),
@@ -360,7 +366,8 @@ class Recorder(TorchDispatchMode):
 
 
 class CompiledRecorder(Recorder):
-    """Leaves compiled functions compiled: each is one operation, with its inputs and outputs (torch's own switch for it)."""
+    """Leaves compiled functions compiled: each is one operation, with its inputs and outputs (torch's own switch for
+    it)."""
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -383,15 +390,6 @@ class _Pause:
 
 
 def _place(tensor: torch.Tensor, storage: int) -> tuple:
-    if tensor.layout != torch.strided or tensor.is_nested:
+    if not regular(tensor):
         return (storage, id(tensor))
     return (storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
-
-
-def _generator_state(tensors: list[tuple[str, torch.Tensor]], kwargs: dict) -> torch.Tensor:
-    generator = kwargs.get("generator")
-    if generator is not None:
-        return generator.get_state()
-    device = kwargs.get("device") or (tensors[0][1].device if tensors else torch.device("cpu"))
-    device = torch.device(device)
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

@@ -1,9 +1,8 @@
 """Run recorded operations again, in float64, from the tensors that were recorded.
 
-The dtype of every floating tensor and argument becomes float64, so that what is left of rounding is far below the types of the
-program. Random operations give what they gave; integer and boolean results are those of the recording, so that a comparison
-near zero cannot fall the other way.
-"""
+The dtype of every floating tensor and argument becomes float64, so that what is left of rounding is far below the
+types of the program. Random operations give what they gave; integer and boolean results are those of the recording,
+so that a comparison near zero cannot fall the other way."""
 
 from __future__ import annotations
 
@@ -15,7 +14,9 @@ import torch
 from kiem.grad.graph import Graph, Op, Ref
 
 # Their backward looks for the elements that equal the result: noise on the result would leave none.
-COMPARING = frozenset({"amax", "amin", "max", "min", "scatter_reduce", "median", "nanmedian", "aminmax", "linalg_vector_norm"})
+COMPARING = frozenset(
+    {"amax", "amin", "max", "min", "scatter_reduce", "median", "nanmedian", "aminmax", "linalg_vector_norm"}
+)
 
 Tensors = dict[int, torch.Tensor]  # by value
 
@@ -47,7 +48,8 @@ def with_tensors(value: Any, tensors: Tensors, wide: bool) -> Any:
 
 
 def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tuple[torch.Tensor | None, ...]:
-    """One operation on float64 inputs, or if not `wide` in its own types. `recorded`: what the program's own tensors were."""
+    """One operation on float64 inputs, or if not `wide` in its own types. `recorded`: what the program's own tensors
+    were."""
     func, args, kwargs = op.call
     if op.random:
         return _random(op, tensors, recorded)
@@ -156,7 +158,11 @@ class Replay:
                 continue  # its children follow, and its outputs are found through them
             for value, output in zip(op.outputs, outputs, strict=False):
                 if isinstance(output, torch.Tensor) and value not in given:
-                    if noise is not None and op.label.rstrip("_") not in COMPARING and self.graph.values[value].base is None:
+                    if (
+                        noise is not None
+                        and op.label.rstrip("_") not in COMPARING
+                        and self.graph.values[value].base is None
+                    ):
                         output = noise(output)
                     tensors[value] = output
         return tensors
@@ -166,13 +172,18 @@ class Replay:
         return self._viewed.get(self.graph.values[value].storage, op) >= op
 
     def _find(self, index: int, tensors: Tensors) -> torch.Tensor:
-        """A value that no operation of this replay made: seen through an alias, handed out by a custom Function, or from outside."""
+        """A value that no operation of this replay made: seen through an alias, handed out by a custom Function, or
+        from outside."""
         value = self.graph.values[index]
         producer = None if value.producer is None else self.graph.ops[value.producer]
         if producer is not None and producer.kind != "op":
             for other in reversed(self.graph.values[:index]):
                 if other.index in tensors and (other.storage, other.version, other.shape, other.offset) == (
-                        value.storage, value.version, value.shape, value.offset):
+                    value.storage,
+                    value.version,
+                    value.shape,
+                    value.offset,
+                ):
                     return tensors[other.index]
         elif value.producer in self._indices and value.output < 0 and value.base is not None:
             writer = next((v for v in producer.mutates if self._alone(v, producer.index)), None)

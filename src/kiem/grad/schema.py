@@ -71,3 +71,13 @@ def signature(func: Any) -> Signature:
 def shown(attributes: dict[str, Any]) -> dict[str, Any]:
     """Attributes for people: those that are not None, as JSON."""
     return {name: plain(value) for name, value in attributes.items() if value is not None}
+
+
+def generator_state(tensors: list[tuple[str, torch.Tensor]], kwargs: dict) -> torch.Tensor:
+    """The state of the generator that a random operation is about to use."""
+    generator = kwargs.get("generator")
+    if generator is not None:
+        return generator.get_state()
+    device = kwargs.get("device") or (tensors[0][1].device if tensors else torch.device("cpu"))
+    device = torch.device(device)
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

@@ -68,14 +68,15 @@ class Lines:
         return None, region
 
 
-
 @functools.lru_cache(maxsize=65536)
 def source_of(code_file: str, line: int, function: str) -> Source:
     """A Source with the text of its line. The file is named relative to the working folder where that is shorter."""
     text = linecache.getline(code_file, line).strip()
     name = code_file
     if os.path.isabs(code_file):
-        relative = os.path.relpath(code_file) if os.path.splitdrive(code_file)[0] == os.path.splitdrive(os.getcwd())[0] else ""
+        relative = (
+            os.path.relpath(code_file) if os.path.splitdrive(code_file)[0] == os.path.splitdrive(os.getcwd())[0] else ""
+        )
         name = relative if relative and not relative.startswith(os.pardir) else code_file
     return Source(name, line, function, text)
 
@@ -100,8 +101,9 @@ def records_here(recorder: TorchDispatchMode) -> bool:
 
 
 def saving(parent: Op | None) -> tuple[str, bool]:
-    """Of the operation that runs now, inside the custom Function `parent`: "checkpoint" if its results are thrown away and
-    computed again, and whether what its backward saves goes through somebody's hooks (to unpack it has effects)."""
+    """Of the operation that runs now, inside the custom Function `parent`: "checkpoint" if its results are thrown
+    away and computed again, and whether what its backward saves goes through somebody's hooks (to unpack it has
+    effects)."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     again = parent is not None and (parent.region == "checkpoint" or parent.name == "CheckpointFunction")
     again = again or (hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint")
@@ -172,8 +174,8 @@ class ModulePaths:
             self._stack.pop()
 
     def _name_root(self, module: torch.nn.Module) -> None:
-        """Name a module that runs inside no other one, and all that is in it. Its owner may be the object whose method calls
-        it (`self` of a frame above), as a training step that calls the parts of a model itself."""
+        """Name a module that runs inside no other one, and all that is in it. Its owner may be the object whose
+        method calls it (`self` of a frame above), as a training step that calls the parts of a model itself."""
         self._roots.add(module)
         known = self._paths.get(id(module))
         if known is not None and known[0]() is module:

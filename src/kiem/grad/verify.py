@@ -142,7 +142,9 @@ class Verifier:
             self.result.notes.append(note)
 
 
-def check_safely(graph: Graph, call: BackwardCall, op: Op, step: Step, recorded: dict, into: tuple, out: tuple) -> Verdict:
+def check_safely(
+    graph: Graph, call: BackwardCall, op: Op, step: Step, recorded: dict, into: tuple, out: tuple
+) -> Verdict:
     """The verdict on one operation; what cannot be checked is said, and never ends the user's program."""
     try:
         verdict = check(graph, call, op, step, recorded, into, out)
@@ -158,7 +160,7 @@ def verify_recorded(recorder: Recorder) -> Result:
     keep."""
     if not recorder.kept.complete:
         raise ConfigError(
-            "kiem.record(): the program's tensors were too many to keep for a verification afterwards: verify while it runs, "
+            "kiem.record(): the program's tensors were too many to keep for a verification afterwards: verify "
             "by kiem.record(verify=True)"
         )
     verifier = Verifier()

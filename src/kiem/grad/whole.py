@@ -7,16 +7,17 @@ import time
 
 import torch
 
-from kiem.grad.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge
 from kiem.grad.graph import BackwardCall, Graph
+from kiem.grad.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge
 from kiem.grad.numeric import derivative
 from kiem.grad.replay import CannotReplay, Replay, Tensors, leading_to, widen
 
 SECONDS = 20.0  # for numeric derivatives of single leaves; all of them together are always differentiated
 
 
-def whole_verdicts(graph: Graph, call: BackwardCall, recorded: Tensors, leaves: Tensors, roots: dict[tuple, torch.Tensor]
-                   ) -> tuple[list[InputVerdict], list[str]]:
+def whole_verdicts(
+    graph: Graph, call: BackwardCall, recorded: Tensors, leaves: Tensors, roots: dict[tuple, torch.Tensor]
+) -> tuple[list[InputVerdict], list[str]]:
     """A verdict for each leaf that got a gradient in this call, and notes on what was not checked. `roots`: the
     gradient with which the call began, by key."""
     if not leaves:
@@ -55,7 +56,7 @@ class _Whole:
 
     def _cotangents(self, roots) -> list[torch.Tensor]:
         found = []
-        for value, key in zip(self.call.roots, self.call.root_keys, strict=True):
+        for key in self.call.root_keys:
             if key not in roots:
                 raise CannotReplay("the gradient that it began with is not known")
             found.append(widen(roots[key]))
@@ -93,8 +94,12 @@ class _Whole:
             for leaf, x in self.leaves.items()
         }
         with torch.enable_grad():
-            grads = torch.autograd.grad(self.value(moves, noise), list(moves.values()), self.cotangents, allow_unused=True)
-        return {leaf: torch.zeros_like(self.leaves[leaf]) if g is None else g for leaf, g in zip(moves, grads, strict=True)}
+            grads = torch.autograd.grad(
+                self.value(moves, noise), list(moves.values()), self.cotangents, allow_unused=True
+            )
+        return {
+            leaf: torch.zeros_like(self.leaves[leaf]) if g is None else g for leaf, g in zip(moves, grads, strict=True)
+        }
 
     def _shake(self, x: torch.Tensor) -> torch.Tensor:
         return x * (1 + NOISE * self.random.like(x))
@@ -130,7 +135,7 @@ class _Whole:
         terms = max((size for op in self.ops for v in op.outputs for size in self.graph.values[v].shape), default=1)
         hooked = {step.leaf for step in self.call.steps if step.changed_by_hook}
         results, notes, began = [], [], time.perf_counter()
-        for leaf, x in self.leaves.items():
+        for leaf in self.leaves:
             value = self.graph.values[leaf]
             name = self.graph.title(leaf)
             result = InputVerdict(name, leaf, "ok", value.dtype, shape=value.shape, reference="end to end, in float64")
@@ -142,14 +147,25 @@ class _Whole:
             if not single:  # the joint derivative, less what the reference says of the others
                 shift = total - inner(reference[leaf], along)
                 number = type(joint)(joint.value - shift, joint.error, joint.low - shift, joint.high - shift)
-            judge(result, widen(self.got[leaf]), reference[leaf], moved, self.unit, along, number,
-                  lambda there, leaf=leaf: self.numeric({leaf: there}), lambda leaf=leaf: self._sides(leaf))
+            judge(
+                result,
+                widen(self.got[leaf]),
+                reference[leaf],
+                moved,
+                self.unit,
+                along,
+                number,
+                lambda there, leaf=leaf: self.numeric({leaf: there}),
+                lambda leaf=leaf: self._sides(leaf),
+            )
             if leaf in hooked:
                 result.verdict = "hook"
                 notes.append(f"{name}: a hook changes its gradient ({', '.join(value.hooks) or 'of a node'})")
             results.append(result)
         if not certified and not any(r.verdict == "wrong" for r in results):
-            notes.append("End to end, the numeric derivative did not settle; elements were compared with torch in float64 only.")
+            notes.append(
+                "End to end, the numeric derivative did not settle; elements were compared with torch in float64 only."
+            )
         notes += self._cut()
         return results, notes
 

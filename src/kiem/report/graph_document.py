@@ -28,7 +28,7 @@ def document(graph: Graph, title: str, result: Result | None = None) -> dict[str
         "ops": [_op(graph, op) for op in graph.ops],
         "backwards": [_backward(graph, call) for call in graph.backwards],
         "repeats": [{"first": r.first, "last": r.last, "times": r.times} for r in graph.repeats],
-        "verdicts": None if result is None else {str(v.op): {"verdict": v.verdict, "text": _told(v)} for v in result.verdicts},
+        "verdicts": result and {str(v.op): {"verdict": v.verdict, "text": _told(v)} for v in result.verdicts},
     }  # fmt: skip
 
 
@@ -59,7 +59,8 @@ def _value(value: Value) -> dict[str, Any]:
         "dtype": str(value.dtype).removeprefix("torch."), "device": value.device, "strides": list(value.strides),
         "bytes": value.nbytes, "storage": value.storage, "version": value.version, "requires_grad": value.requires_grad,
         "leaf": value.is_leaf, "parameter": value.is_parameter, "view_of": value.base, "producer": value.producer,
-        "saved_by": value.saved_by, "stats": _stats(value.stats), "data": _number(value.data), "hooks": list(value.hooks),
+        "saved_by": value.saved_by, "stats": _stats(value.stats), "data": _number(value.data),
+        "hooks": list(value.hooks),
     }  # fmt: skip
 
 
@@ -74,12 +75,14 @@ def _op(graph: Graph, op: Op) -> dict[str, Any]:
         derivatives = {name: text for name, _ in op.inputs if (text := _formula(row, call, name))}
     return {
         "id": op.index, "label": op.label, "name": op.name, "kind": op.kind, "inputs": [list(i) for i in op.inputs],
-        "outputs": list(op.outputs), "attributes": {k: _number(plain(v)) for k, v in op.attributes.items() if v is not None},
+        "outputs": list(op.outputs), 
+        "attributes": {k: _number(plain(v)) for k, v in op.attributes.items() if v is not None},
         "source": _source(op.source), "backward_source": _source(op.backward_source), "module": op.module,
         "module_class": op.module_class, "parent": op.parent, "region": op.region, "grad_enabled": op.grad_enabled,
         "random": op.random, "mutates": list(op.mutates), "node": op.node, "closed_form": row is not None,
         "forward_formula": forward, "derivatives": derivatives, "symbols": row.symbols if row else {},
-        "saved_bytes": sum(v.nbytes for v in graph.values if op.index in v.saved_by) if op.node else 0, "error": op.error,
+        "saved_bytes": sum(v.nbytes for v in graph.values if op.index in v.saved_by) if op.node else 0,
+        "error": op.error,
     }  # fmt: skip
 
 
