@@ -17,8 +17,10 @@ settings.load_profile(os.environ.get("KIEM_HYPOTHESIS", "default"))
 
 
 @pytest.fixture(autouse=True)
-def _keep_denormals():
-    """Training flushes denormals to zero, which hypothesis' float strategies refuse to work with."""
+def _torch_as_it_starts():
+    """Training flushes denormals to zero, which hypothesis' float strategies refuse to work with; programs under test set
+    the default type."""
     yield
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_flush_denormal(False)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_flush_denormal(False)
+        torch.set_default_dtype(torch.float32)
