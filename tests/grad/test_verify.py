@@ -94,6 +94,19 @@ def test_a_loop_is_checked_beyond_its_first_step_and_folded():
     assert all(recorder.graph.ops[v.op].name == "Twice" for v in result.wrong)
 
 
+def test_what_comes_after_a_long_loop_is_checked():
+    def program():
+        w = torch.ones(3, requires_grad=True)
+        for _ in range(8):
+            (w * 2).sum().backward()
+        Twice.calls = 1
+        Twice.apply(w.exp()).sum().backward()
+
+    recorder, result = verified(program)
+    assert [recorder.graph.ops[v.op].name for v in result.wrong] == ["Twice"]
+    assert any("repeat" in note for note in result.notes)
+
+
 def test_an_operation_without_a_row_is_checked_by_number():
     def program():
         x = torch.linspace(0.1, 0.9, 7, requires_grad=True)

@@ -34,6 +34,19 @@ class Folder:
             len(graph.backwards) - calls,
         )
 
+    def passes(self, op: int) -> int:
+        """How many passes of a loop that repeats came before the one of this operation; 0: it does not go on as they
+        did."""
+        graph = self._recorder.graph
+        if not graph.repeats or graph.repeats[-1].last != self._start[0] - 1:
+            return 0
+        repeat = graph.repeats[-1]
+        same = repeat.first + op - self._start[0]
+        if not repeat.first <= same <= repeat.last:
+            return 0
+        now, before = graph.ops[op], graph.ops[same]
+        return repeat.times if (now.name, now.source, now.module) == (before.name, before.source, before.module) else 0
+
     def repeats_now(self) -> bool:
         """Whether the step that is about to end repeats the one before, which repeats others already."""
         repeats = self._recorder.graph.repeats
