@@ -18,8 +18,8 @@ settings.load_profile(os.environ.get("KIEM_HYPOTHESIS", "default"))
 
 @pytest.fixture(autouse=True)
 def _torch_as_it_starts():
-    """Training flushes denormals to zero, which hypothesis' float strategies refuse to work with; programs under test set
-    the default type."""
+    """Training flushes denormals to zero, which hypothesis' float strategies refuse to work with; programs under test
+    set the default type."""
     yield
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_flush_denormal(False)

@@ -834,6 +834,7 @@ def test_a_compiled_function_is_recorded_operation_by_operation():
 # -- size --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ten_thousand_operations_take_seconds():
     with Recorder():
         torch.ones(1)  # torch imports what it needs for this once
