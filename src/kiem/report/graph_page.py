@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from kiem.format import printable
-from kiem.report.page import _digest, embedded_json
+from kiem.report.page import digest, embedded_json
 
 SCRIPTS = (
     "graph-model.js",
@@ -28,8 +28,8 @@ def render(document: dict[str, Any], title: str) -> str:
     """The whole page. `document`: the graph as grad writes it; numbers that are not finite are shown as such."""
     style, body, vendor, script = _assets()
     policy = (
-        f"default-src 'none'; style-src '{_digest(style)}'; "
-        f"script-src '{_digest(vendor)}' '{_digest(script)}'; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src '{digest(style)}'; "
+        f"script-src '{digest(vendor)}' '{digest(script)}'; base-uri 'none'; form-action 'none'"
     )
     data = embedded_json(_json_numbers({**document, "title": title}))
     return (

@@ -30,7 +30,7 @@ def render_page(report: dict[str, Any], run: Run) -> str:
     charts = charts_of(run)
     style, script = (files("kiem.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     policy = (
-        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
     data = {chart.name: chart_data(chart) for chart, _ in charts}
@@ -56,7 +56,7 @@ def embedded_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
