@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from kiem.grad.graph import plain
-
 
 @dataclass(frozen=True, slots=True)
 class Signature:
@@ -66,11 +64,6 @@ def signature(func: Any) -> Signature:
         makes=func is torch.ops.aten.lift_fresh.default,
         detaches=func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default),
     )
-
-
-def shown(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Attributes for people: those that are not None, as JSON."""
-    return {name: plain(value) for name, value in attributes.items() if value is not None}
 
 
 def generator_state(tensors: list[tuple[str, torch.Tensor]], kwargs: dict) -> torch.Tensor:

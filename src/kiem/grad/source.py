@@ -81,12 +81,6 @@ def source_of(code_file: str, line: int, function: str) -> Source:
     return Source(name, line, function, text)
 
 
-def here(lines: Lines, frame: FrameType | None) -> Source:
-    """The user's line above `frame`."""
-    found, _ = lines.find(frame)
-    return at(found)
-
-
 def at(frame: FrameType | None) -> Source:
     """The line that a frame executes."""
     if frame is None:
