@@ -24,3 +24,16 @@ def _torch_as_it_starts():
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_flush_denormal(False)
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _what_cannot_be_recorded_fails(monkeypatch, request):
+    """A program goes on when recording fails, a test does not."""
+    if "torch" in sys.modules and "lenient" not in request.keywords:
+        from kiem.grad.record import Recorder
+
+        def failed(self, what, where, error):
+            raise error
+
+        monkeypatch.setattr(Recorder, "failed", failed)
+    yield

@@ -94,7 +94,7 @@ class Trace:
             raise ConfigError(
                 f"{leaf}: no tensor of the program has this name; leaves: {', '.join(names[:20]) or 'none'}"
             )
-        found = self._recorder.find_leaf(leaf)
+        found = self._recorder.table.find_leaf(leaf)
         if found is None:
             raise ConfigError("explain: this tensor took no part in the recorded program")
         return found
@@ -102,7 +102,8 @@ class Trace:
     def verify(self) -> Verification:
         """Hold every gradient against mathematics. Raises ConfigError if the program was too large to keep."""
         with self._recorder.pause():
-            result = self._verifier.result if self._verifier else verify_recorded(self._recorder)
+            result = self._verifier.ended() if self._verifier else verify_recorded(self._recorder)
+            result.notes += [note for note in self.graph.notes if note not in result.notes]
         return Verification(self.graph, result)
 
     def tensors(self) -> list[dict[str, Any]]:

@@ -313,7 +313,7 @@ def test_the_sum_over_all_paths_is_the_gradient(nodes, numbers):
     for i, leaf in enumerate(leaves):
         if leaf.grad is None:
             continue
-        chain = chain_rule(graph, graph.backwards[0], recorder.leaf_value(leaf))
+        chain = chain_rule(graph, graph.backwards[0], recorder.table.leaf(leaf))
         step = 1e-5
         sides = []
         for s in (step, -step):

@@ -489,7 +489,7 @@ def test_every_step_of_backward_has_the_gradients_of_plain_autograd():
                 assert g is None or (g.data == t.tolist() and g.stats.norm == pytest.approx(t.norm().item()))
     for leaf, other in zip(leaves, plain, strict=True):
         assert torch.equal(leaf.grad, other.grad)
-        assert call.leaf_grads[recorder.find_leaf(leaf)].data == other.grad.tolist()
+        assert call.leaf_grads[recorder.table.find_leaf(leaf)].data == other.grad.tolist()
 
 
 def test_every_step_belongs_to_its_operation():
@@ -520,7 +520,7 @@ def test_grad_of_some_inputs_and_of_gradients():
     assert (first.item(), second.item(), x.grad.item(), y.grad.item()) == (54.0, 36.0, 36.0, 27.0)
     a, b, c = graph.backwards
     assert a.partial and b.partial and not c.partial and a.retained and b.retained and not c.retained
-    value = {n: recorder.find_leaf(t) for n, t in (("x", x), ("y", y))}
+    value = {n: recorder.table.find_leaf(t) for n, t in (("x", x), ("y", y))}
     assert a.leaf_grads[value["x"]].data == 54.0 and value["y"] not in a.leaf_grads
     assert c.leaf_grads[value["x"]].data == 36.0 and c.leaf_grads[value["y"]].data == 27.0
     assert all(s.leaf is not None or s.op is not None for s in (*b.steps, *c.steps))
@@ -682,7 +682,7 @@ def test_another_thread_is_not_disturbed():
         thread.join()
     assert results and all(r == [12.0] * 3 for r in results)
     assert "Scaled" not in {op.name for op in recorder.graph.ops}
-    assert {op.source.line for op in recorder.graph.ops} and not recorder.parents
+    assert {op.source.line for op in recorder.graph.ops} and not recorder.local.parents
 
 
 # -- unusual tensors ---------------------------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 # ruff: noqa: E501  (a table of cases)
 
+import itertools
 import math
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from kiem.grad.rules import RULES, Call, find, formula, local_derivative, substituted
 from kiem.grad.rules.table import find_key
@@ -31,6 +33,14 @@ def pos(*shape):
 
 def unit(*shape):
     return x(*shape, low=0.1, high=0.9)
+
+
+def z(*shape):
+    return torch.complex(x(*shape), x(*shape))
+
+
+def like(t):
+    return z(*t.shape) if t.is_complex() else x(*t.shape)
 
 
 def ints(*shape, below):
@@ -73,6 +83,20 @@ def lstm(x_TBI, w, u, b, c, hx, cx, reverse, sizes, *_):
     """One layer by torch's other implementation, which has float64."""
     y, h, c = torch.lstm(x_TBI.flip(0) if reverse else x_TBI, (hx, cx), [w, u, b, c], True, 1, 0.0, False, False, False)
     return y.flip(0) if reverse else y, h, c, torch.zeros(0, dtype=torch.uint8)
+
+
+def lstm_cell(a, b, c, d=0, e=0):
+    """The definition, of which torch has a kernel for the GPU only."""
+    i, f, new, o = (a + d + b + e).chunk(4, -1)
+    cell = f.sigmoid() * c + i.sigmoid() * new.tanh()
+    return o.sigmoid() * cell.tanh(), cell, torch.zeros(0, dtype=torch.uint8)
+
+
+def gru_cell(a, b, h, d=0, e=0):
+    """The same of the GRU."""
+    (ar, au, an), (br, bu, bn) = (a + d).chunk(3, -1), (b + e).chunk(3, -1)
+    r, u = (ar + br).sigmoid(), (au + bu).sigmoid()
+    return (1 - u) * (an + r * bn).tanh() + u * h, torch.zeros(0, dtype=torch.uint8)
 
 
 def batch_norm(input, weight, bias, running_mean, running_var, *_, **__):
@@ -140,7 +164,8 @@ CASES = [
     ("linalg_inv_ex", (x(2, 3, 3) + 3 * torch.eye(3),)), ("_linalg_det", (x(2, 3, 3),)), ("_linalg_slogdet", (x(2, 3, 3),)),
     ("_linalg_solve_ex", (x(3, 3) + 3 * torch.eye(3), x(3))), ("_linalg_solve_ex", (x(2, 3, 3) + 3 * torch.eye(3), x(2, 3, 4))), ("_linalg_solve_ex", (x(3, 3) + 3 * torch.eye(3), x(4, 3)), {"left": False}),
     ("linalg_cross", (x(2, 3), x(2, 3))), *(("_cdist_forward", (x(2, 4, 3), x(2, 5, 3), p, 2 if p != 2 else None)) for p in (1.0, 2.0, 3.0)),
-    ("linalg_cholesky_ex", (x(3, 3),), {}, lambda a: torch.linalg.cholesky((a + a.mT) / 2 + 9 * torch.eye(3))),
+    ("linalg_cholesky_ex", (x(3, 3),), {}, lambda a: torch.linalg.cholesky((a + a.mH) / 2 + 9 * torch.eye(3))),
+    ("linalg_cholesky_ex", (x(3, 3),), {"upper": True}, lambda a, upper: torch.linalg.cholesky((a + a.mH) / 2 + 9 * torch.eye(3), upper=upper)),
     # shapes
     ("view", (x(2, 6), [3, 4])), ("_unsafe_view", (x(2, 6), [3, -1])), ("reshape", (x(2, 6), [12])), ("_reshape_alias", (x(2, 6), [3, 4], [4, 1])),
     ("unsqueeze", (x(2, 3), -1)), ("squeeze", (x(1, 3, 1),)), ("squeeze.dim", (x(1, 3), 0)), ("squeeze.dims", (x(1, 3, 1), [0, 2])), ("flatten.using_ints", (x(2, 3),)), ("unflatten.int", (x(6), 0, [2, 3])),
@@ -173,6 +198,8 @@ CASES = [
     ("_batch_norm_with_update", (x(4, 3), x(3), x(3), *BATCH_NORM, 0.1, 1e-5)), ("_batch_norm_no_update", (x(4, 3), x(3), x(3), *BATCH_NORM, 0.1, 1e-5)),
     ("cudnn_batch_norm", (x(4, 3), x(3), x(3), *BATCH_NORM, True, 0.1, 1e-5), {}, batch_norm), ("miopen_batch_norm", (x(4, 3), x(3), x(3), *BATCH_NORM, True, 0.1, 1e-5), {}, batch_norm),
     ("embedding", (x(5, 3), ints(2, 4, below=5))),
+    *(("_embedding_bag", (x(5, 3), ints(6, below=5), torch.tensor([0, 2, 2]), False, mode)) for mode in (0, 1, 2)), ("_embedding_bag", (x(5, 3), ints(6, below=5), torch.tensor([0, 0, 4]), False, 0, False, x(6))),
+    ("_embedding_bag", (x(5, 3), ints(6, below=5), torch.tensor([0, 4, 6]), False, 1, False, None, True)),
     *(("nll_loss_forward", (x(4, 3), torch.tensor([0, 2, -100, 0]), w, reduction, -100)) for w in (None, fixed(pos(3))) for reduction in (0, 1, 2)), ("nll_loss_forward", (x(3), torch.tensor(1), None, 1, -100)),
     ("nll_loss2d_forward", (x(2, 3, 2, 2), ints(2, 2, 2, below=3), fixed(pos(3)), 1, 0)), ("nll_loss2d_forward", (x(2, 3, 2, 2), ints(2, 2, 2, below=3), None, 0, 0)), ("nll_loss", (x(4, 3), ints(4, below=3))), ("nll_loss2d", (x(2, 3, 2, 2), ints(2, 2, 2, below=3))),
     *((op, (x(4, 3), x(4, 3), reduction)) for op in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss") for reduction in (0, 1, 2)),
@@ -185,27 +212,51 @@ CASES = [
     *((f"{kind}{n}d", (x(1, 2, *range(3, 3 + n)), [7, 5, 6][:n])) for kind in ("upsample_nearest", "_upsample_nearest_exact") for n in (1, 2, 3)), ("upsample_nearest2d", (x(1, 2, 3, 4), [6, 8], 2.0, 2.0)),
     *((f"upsample_{kind}", (x(1, 2, *range(3, 3 + n)), [7, 2, 6][:n], corners)) for n, kind in ((1, "linear1d"), (2, "bilinear2d"), (3, "trilinear3d")) for corners in (True, False)),
     *(("mkldnn_rnn_layer", (x(4, 2, 3), x(20, 3), x(20, 5), x(20), x(20), x(1, 2, 5), x(1, 2, 5), reverse, [], 2, 5, 1, True, False, False, True), {}, lstm) for reverse in (False, True)),
+    *(("_thnn_fused_lstm_cell", (x(2, 12), x(2, 12), x(2, 3), *bias), {}, lstm_cell) for bias in ((), (x(12), x(12)))), *(("_thnn_fused_gru_cell", (x(2, 9), x(2, 9), x(2, 3), *bias), {}, gru_cell) for bias in ((), (x(9), x(9)))),
     # attention
     *(("_scaled_dot_product_flash_attention_for_cpu", (*qkv, 0.0, causal), {"scale": scale}) for qkv, causal, scale in ((SDPA, True, None), (SAME, False, 0.3), (SAME, True, None))),
     ("_scaled_dot_product_flash_attention_for_cpu", (*SAME, 0.0, False), {"attn_mask": fixed(torch.zeros(4, 5).double().masked_fill(torch.ones(4, 5).triu(2).bool(), -math.inf))}),
     ("_scaled_dot_product_attention_math", (*SAME, x(4, 5))), ("scaled_dot_product_attention", (*SAME, mask(4, 5) | torch.eye(4, 5).bool())), ("_scaled_dot_product_attention_math", (*SDPA,), {"enable_gqa": True, "is_causal": True}),
     ("scaled_dot_product_attention", (*SAME,)), ("_scaled_dot_product_fused_attention_overrideable", (*SAME, x(4, 5)), {}, lambda q, k, v, b: sdpa(q, k, v, attn_bias=b)), ("_scaled_dot_product_flash_attention", (*SAME, 0.0, True), {}, lambda q, k, v, p, causal: sdpa(q, k, v, is_causal=causal)),
     ("_scaled_dot_product_efficient_attention", (*SAME, x(2, 2, 4, 5), True), {}, lambda q, k, v, b, c: sdpa(q, k, v, attn_bias=b)), ("_scaled_dot_product_cudnn_attention", (*SAME, None, True), {}, lambda q, k, v, b, c: sdpa(q, k, v)),
+    # complex numbers
+    *((op, (z(2, 3),)) for op in ("_conj", "conj", "_conj_physical", "conj_physical", "resolve_conj", "resolve_neg", "_neg_view", "real", "imag", "view_as_real", "angle", "sgn")),
+    ("angle", (away(3),)), ("sgn", (away(3),)), ("view_as_complex", (x(3, 2),)), ("complex", (x(2, 3), x(3))), ("polar", (pos(2, 3), x(2, 3))),
+    *((op, (z(2, 3), number)) for op in ("add.Tensor", "sub.Scalar", "mul.Tensor", "div.Scalar", "rsub.Scalar", "pow.Tensor_Scalar") for number in (0.7 - 1.3j,)), *((op, (x(2, 3), 0.7 - 1.3j)) for op in ("mul.Scalar", "div.Tensor")),
+    ("add.Tensor", (z(3), x(2, 3)), {"alpha": 0.5j}), ("pow.Tensor_Scalar", (pos(3), 0.7 - 1.3j)), ("pow.Scalar", (0.7 - 1.3j, x(3))), ("_to_copy", (x(3),), {"dtype": torch.complex128}), ("_to_copy", (z(3),), {"dtype": torch.float64}),
+    ("copy_", (z(2, 3), x(3))), ("acosh", (-2 - z(3) ** 2,)),
+    *(("_fft_c2c", (z(2, 5, 3), dim, norm, forward)) for dim, norm, forward in (([1], 0, True), ([2, 1], 1, False), ([0, 1, 2], 2, True))),
+    *(("_fft_r2c", (x(2, n, 3), dim, norm, half)) for n in (4, 5) for dim, norm, half in (([1], 0, True), ([0, 1], 1, True), ([1], 2, False))),
+    *(("_fft_c2r", (z(2, 3, 3), dim, norm, n)) for n in (4, 5) for dim, norm in (([1], 0), ([0, 1], 1), ([2, 1], 2))), ("_fft_c2r", (z(2, 1), [1], 0, 1)),
 ]  # fmt: skip
 
 # At a kink, or where torch departs from the mathematics by agreement: compared with autograd only.
 AGREED = [
     ("amax", (torch.ones(2, 3).double(), [1])), ("max", (torch.ones(3).double(),)), ("amin", (torch.zeros(3).double(),)), ("aminmax", (torch.ones(2, 3).double(),), {"dim": 0}),
     *((op, (torch.tensor([1.0, 2, 3]).double(), torch.tensor([3.0, 2, 1]).double())) for op in ("maximum", "minimum")),
-    *((op, (torch.zeros(3).double(),)) for op in ["abs", "relu", "leaky_relu", "elu", "gelu", "hardswish", "softshrink", "hardshrink", "sign"]), ("_prelu_kernel", (torch.zeros(3).double(), x(3))),
+    *((op, (torch.zeros(3).double(),)) for op in ["abs", "sgn", "angle", "relu", "leaky_relu", "elu", "gelu", "hardswish", "softshrink", "hardshrink", "sign"]), ("_prelu_kernel", (torch.zeros(3).double(), x(3))),
     *((op, (torch.tensor([-3.0, -1, -0.5, 0, 0.5, 1, 3]).double(),)) for op in ("hardtanh", "hardsigmoid", "hardswish", "softshrink", "hardshrink")), ("elu", (torch.zeros(1).double(), 1.5, 1.1, 0.9)), ("celu", (torch.zeros(1).double(), 2.0)),
     *(("clamp", (torch.tensor([-1.0, 0, 1]).double(), -1, 1)), ("clamp_min", (torch.zeros(1).double(), 0)), ("clamp_max", (torch.zeros(1).double(), 0)), ("clamp_min.Tensor", (torch.zeros(1).double(), torch.zeros(1).double()))),
     *((op, (torch.zeros(2, 3).double(), torch.zeros(2, 3).double())) for op in ("l1_loss", "smooth_l1_loss", "huber_loss")), ("linalg_vector_norm", (torch.zeros(3).double(),)), ("linalg_vector_norm", (torch.ones(3).double(), math.inf)),
     ("pow.Tensor_Tensor", (torch.zeros(3).double(), torch.tensor([0.0, 1, 2]).double())), ("xlogy.Tensor", (fixed(torch.zeros(2).double()), torch.tensor([0.5, 1]).double())), ("std", (torch.ones(3).double(), True)),
-    ("binary_cross_entropy", (torch.tensor([0.0, 1, 0, 1]).double(), torch.tensor([0.0, 1, 1, 0]).double())), ("embedding", (x(5, 3), ints(2, 4, below=5), 1, True)), ("_cdist_forward", (torch.zeros(2, 3).double(), torch.zeros(2, 3).double(), 2.0, None)),
+    ("binary_cross_entropy", (torch.tensor([0.0, 1, 0, 1]).double(), torch.tensor([0.0, 1, 1, 0]).double())), ("embedding", (x(5, 3), ints(2, 4, below=5), 1, True)), *((op, (z(3) * 0,)) for op in ("abs", "sgn", "angle", "linalg_vector_norm")),
+    *(("_embedding_bag", (x(5, 3), torch.tensor([1, 1, 2, 0, 1, 2]), torch.tensor([0, 1, 3]), False, mode, False, s, False, 1)) for mode, s in ((0, x(6)), (0, None), (1, None), (2, None))), ("_cdist_forward", (torch.zeros(2, 3).double(), torch.zeros(2, 3).double(), 2.0, None)),
 ]  # fmt: skip
 # Of these only the first output is for use; torch has a derivative of the others too.
 FIRST = ("native_group_norm", "_fused_rms_norm", "_scaled_dot_product_attention_math")
+
+# Those of which torch has a derivative of complex numbers.
+COMPLEX = {
+    "_convolution", "_fused_rms_norm", "_linalg_det", "_linalg_slogdet", "_linalg_solve_ex", "_reshape_alias", "_to_copy", "_unsafe_index", "_unsafe_index_put", "_unsafe_view", "abs", "acos", "acosh", "add", "add_",
+    "addbmm", "addcdiv", "addcmul", "addmm", "addmm_", "addmv", "addr", "alias", "angle", "asin", "asinh", "atan", "atanh", "baddbmm", "bmm", "cat", "channel_shuffle", "chunk", "clone", "col2im", "constant_pad_nd",
+    "contiguous", "convolution", "copy_", "cos", "cosh", "cumprod", "cumsum", "diag_embed", "diagonal", "diagonal_copy", "div", "div_", "dot", "exp", "exp2", "expand", "expm1", "fill", "fill_", "flatten", "flip", "gather", "im2col",
+    "index", "index_add", "index_copy", "index_fill", "index_put", "index_put_", "index_select", "l1_loss", "lerp", "linalg_cholesky_ex", "linalg_cross", "linalg_inv_ex", "linalg_vector_norm", "linear", "log", "log10", "log1p",
+    "log2", "logaddexp", "logcumsumexp", "logsumexp", "masked_fill", "masked_fill_", "masked_scatter", "masked_select", "matmul", "mean", "mm", "mul", "mul_", "mv", "narrow", "neg", "norm", "normal_", "numpy_T", "permute",
+    "pixel_shuffle", "pixel_unshuffle", "positive", "pow", "prod", "reciprocal", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "repeat", "replication_pad1d", "replication_pad2d", "replication_pad3d", "reshape",
+    "rms_norm", "roll", "rot90", "rsqrt", "rsub", "scatter", "scatter_", "scatter_add", "select", "sgn", "sigmoid", "sin", "sinh", "slice", "split", "split_with_sizes", "sqrt", "square", "squeeze",
+    "stack", "std", "std_mean", "sub", "sub_", "sum", "t", "tan", "tanh", "to", "trace", "transpose", "tril", "triu", "unbind", "unflatten", "unfold", "uniform_", "unsafe_split", "unsafe_split_with_sizes", "unsqueeze", "var",
+    "var_mean", "vdot", "view", "where", "zero_",
+}  # fmt: skip
 
 # torch's constant (1/6, 1e-12) is rounded to float32 in its float64 derivative.
 ROUNDED = ("hardsigmoid", "binary_cross_entropy")
@@ -229,7 +280,7 @@ class Case:
         kept = {id(a.tensor) for a in tree_leaves(template) if isinstance(a, fixed)}
         self.args, self.kwargs = tree_map(lambda a: a.tensor if isinstance(a, fixed) else a, template)
         self.tensors = signature(self.func).tensors(self.args, self.kwargs)
-        self.variables = {n: t for n, t in self.tensors if t.is_floating_point() and id(t) not in kept}
+        self.variables = {n: t for n, t in self.tensors if (t.is_floating_point() or t.is_complex()) and id(t) not in kept}
 
     def run(self, values=None):
         """The outputs, for other values of the variables; nothing that is given is changed."""
@@ -267,9 +318,9 @@ def against_autograd(case):
             pytest.skip(f"this torch has no derivative for {case.name}")
         raise
     wanted = outputs[:1] if case.name in FIRST else outputs
-    g = tuple(x(*t.shape) if t.requires_grad and i < len(wanted) else None for i, t in enumerate(outputs))
+    g = tuple(like(t) if t.requires_grad and i < len(wanted) else None for i, t in enumerate(outputs))
     found = rule.vjp(call, g)
-    assert set(found) >= set(leaves) and all(t.dtype.is_floating_point for t in (call.inputs[n] for n in found))
+    assert set(found) >= set(leaves) and all(t.is_floating_point() or t.is_complex() for t in (call.inputs[n] for n in found))
     expected = torch.autograd.grad(
         [t for t in wanted if t.requires_grad], list(leaves.values()), [h for h in g if h is not None], allow_unused=True
     )
@@ -282,17 +333,45 @@ def against_autograd(case):
 
 @pytest.mark.parametrize("case", listed(CASES))
 def test_a_row_equals_autograd_and_the_difference_quotient(case):
-    case = Case(*case)
+    against_both(Case(*case))
+
+
+def against_both(case):
     found, g = against_autograd(case)
-    direction, h = {n: x(*t.shape) for n, t in case.variables.items()}, 1e-4
+    direction, h = {n: like(t) for n, t in case.variables.items()}, 1e-4
 
     def loss(step):
         outputs = case.run({n: t + step * direction[n] for n, t in case.variables.items()})
-        return sum(float((h * o).nan_to_num(0, 0, 0).sum()) for h, o in zip(g, outputs, strict=True) if h is not None)
+        return sum(float((h.conj() * o).real.nan_to_num(0, 0, 0).sum()) for h, o in zip(g, outputs, strict=True) if h is not None)
 
     slope = (8 * (loss(h) - loss(-h)) - (loss(2 * h) - loss(-2 * h))) / (12 * h)
-    told = sum(float((found[n] * v).sum()) for n, v in direction.items())
+    told = sum(float((found[n].conj() * v).real.sum()) for n, v in direction.items())
     assert abs(slope - told) <= 1e-7 * max(1.0, abs(slope), abs(told))
+
+
+def with_complex(name, args, kwargs=None, instead=None):
+    """The case with each choice of its variables complex that torch can differentiate."""
+    leaves, spec = tree_flatten((tuple(args), kwargs or {}))
+    real = [i for i, a in enumerate(leaves) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    for chosen in itertools.chain.from_iterable(itertools.combinations(real, n + 1) for n in range(len(real))):
+        made = [torch.complex(a, like(a)) if i in chosen else a for i, a in enumerate(leaves)]
+        case = Case(name, *tree_unflatten(made, spec), instead)
+        try:
+            outputs = case.run({n: t.clone().requires_grad_() for n, t in case.variables.items()})
+            sum(t.abs().sum() for t in outputs if t.requires_grad).backward()
+        except RuntimeError:
+            continue
+        yield case
+
+
+@pytest.mark.parametrize("case", listed(c for c in CASES if c[0].split(".")[0] in COMPLEX))
+def test_a_row_holds_for_complex_numbers(case):
+    GENERATOR.manual_seed(2)
+    made = list(with_complex(*case))
+    for complex_case in made:
+        against_both(complex_case)
+    if not made:
+        pytest.skip("this torch has no derivative of these arguments as complex numbers")
 
 
 @pytest.mark.parametrize("case", listed(AGREED))
@@ -374,8 +453,50 @@ def test_no_gradient_in_no_gradient_out():
     rule, call = find("aten.split.Tensor"), case.call()
     assert rule.vjp(call, (None, None, None)) == {}
     assert rule.vjp(call, (None, torch.ones(2).double(), None))["self"].tolist() == [0, 0, 1, 1, 0]
-    case = Case("native_layer_norm", (x(2, 4), [4], None, None, 1e-5))
-    assert find("aten.native_layer_norm.default").vjp(case.call(), (None, x(2, 1), None)) == {}
+
+
+def test_a_gradient_of_what_a_row_does_not_treat_is_not_called_zero():
+    for name, args, g, *instead in (
+        ("native_layer_norm", (x(2, 4), [4], None, None, 1e-5), (None, x(2, 1), None)),
+        ("native_layer_norm", (x(2, 4), [4], None, None, 1e-5), (x(2, 4), None, x(2, 1))),
+        ("native_group_norm", (x(2, 4, 3), None, None, 2, 4, 3, 2, 1e-5), (None, None, x(2, 2))),
+        ("native_batch_norm", (x(4, 3), x(3), x(3), *BATCH_NORM, True, 0.1, 1e-5), (None, x(3), None)),
+        ("_linalg_slogdet", (x(3, 3),), (None, x(), x(3, 3), None)),
+        ("scatter_reduce.two", (x(3), 0, torch.tensor([0, 1, 1, 0]), x(4), "prod"), (x(3),)),
+        ("_embedding_bag", (x(5, 3), ints(4, below=5), torch.tensor([0, 2]), True), (x(2, 3), None, None, None)),
+        ("mkldnn_rnn_layer", (x(4, 2, 3), x(20, 3), x(20, 5), x(20), x(20), x(1, 2, 5), x(1, 2, 5), False, [], 1, 5, 1, True, False, False, True), (x(4, 2, 5), None, None, None), lstm),
+        ("_thnn_fused_lstm_cell", (x(2, 12), x(2, 12), x(2, 3)), (None, x(2, 3), x(2, 12)), lstm_cell),
+        ("scaled_dot_product_attention", (*SAME, None, 0.3), (x(2, 2, 4, 3),)),
+    ):
+        case = Case(name, args, {}, *instead)
+        row = find(str(case.func))
+        with pytest.raises(KeyError, match="no closed form"):
+            row.vjp(case.call(), g)
+        assert row.vjp(case.call(), (None,) * len(g)) == {}
+
+
+def test_a_gradient_has_the_place_and_type_of_its_input():
+    row, g = find("aten.add.Tensor"), z(3)
+    call = Call({"self": torch.zeros((), device="meta"), "other": torch.zeros(3)}, {}, (z(3),))
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = row.vjp(call, (g,))
+    finally:
+        torch.set_warn_always(always)
+    assert found["self"].device.type == "meta" and found["self"].shape == ()
+    assert torch.equal(found["other"], g.real.float())
+
+
+def test_formulas_of_complex_numbers_say_what_is_conjugated():
+    row, case = find("aten.mul.Tensor"), Case("mul.Tensor", (z(2), x(2)))
+    assert formula(row, case.call()) == "y = a · b" and formula(row, case.call(), "self") == "g · b, all but g conjugated"
+    assert local_derivative(row, case.call(), "self") is None and substituted(row, case.call(), "other") is None
+    for name in ("sum", "abs"):
+        case = Case(name, (z(2),))
+        assert "conjugated" not in formula(find(str(case.func)), case.call(), "self")
 
 
 def test_what_is_unknown_has_no_row():

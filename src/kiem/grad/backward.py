@@ -12,6 +12,7 @@ import torch
 
 from kiem.grad import source
 from kiem.grad.graph import BackwardCall, Gradient, Op, Step, gradient, statistics
+from kiem.grad.threads import LOW, MADE_BY
 
 if TYPE_CHECKING:
     from kiem.grad.record import Recorder
@@ -27,7 +28,6 @@ class BackwardHooks:
         self._recorder = recorder
         self._calls: list[BackwardCall] = []
         self._gradients: dict[int, tuple[weakref.ref, int, Gradient]] = {}
-        self._kernels: list[list[str]] = []
         self.evidence: list[tuple] = []  # (call, step, op, into, out): real gradients, held for a later verification
 
     @property
@@ -43,14 +43,15 @@ class BackwardHooks:
     @property
     def kernels(self) -> list[str]:
         """Operations of the node that runs now."""
-        return self._kernels[-1] if self._kernels else []
+        kernels = self._recorder.local.kernels
+        return kernels[-1] if kernels else []
 
     def wrap_engine(self) -> Callable[[], None]:
         """Record every backward call until the returned function is called."""
         original = torch.autograd._engine_run_backward
 
         def run(t_outputs, *args, **kwargs):
-            if self._recorder.paused or compiling() or not source.records_here(self._recorder):
+            if self._recorder.local.paused or compiling() or not source.records_here(self._recorder):
                 return original(t_outputs, *args, **kwargs)
             return self._run(original, t_outputs, args, kwargs)
 
@@ -62,85 +63,95 @@ class BackwardHooks:
         return undo
 
     def _run(self, original, t_outputs, args: tuple, kwargs: dict):
-        recorder, graph = self._recorder, self._recorder.graph
+        recorder = self._recorder
         frame, _ = recorder.lines.find(sys._getframe(2))
         wanted = tuple(args[3]) if len(args) > 3 and args[3] else ()
-        with recorder.pause():
-            recorder.name_locals(frame)
-            roots = tuple(recorder.value_of(t) for t in t_outputs if isinstance(t, torch.Tensor))
-            call = BackwardCall(len(graph.backwards), source.at(frame), len(graph.ops), roots, nested=self.running)
+        call, handles = None, []
+        with recorder.pause(), recorder.looking("a backward call", frame):
+            recorder.table.name_locals(frame)
+            call = self._call([t for t in t_outputs if isinstance(t, torch.Tensor)], frame)
             call.partial = bool(wanted)
             call.retained = bool(args[1]) if len(args) > 1 else False
-            graph.backwards.append(call)
-            call.root_keys = tuple(
-                recorder.edge(t, v)
-                for t, v in zip((t for t in t_outputs if isinstance(t, torch.Tensor)), roots, strict=True)
-            )
-            handles = [self._hang(call, node) for node in self._reachable(t_outputs)]
-        self._calls.append(call)
+            for node, known in self._resolve(_reachable(t_outputs)).items():
+                self._note_saved(node, known[1])
+                handles += self._hang(call, node, *known)
+        if call is not None:
+            self._calls.append(call)
+        local = recorder.local
+        floor, local.floor = local.floor, len(local.parents)
         try:
             result = original(t_outputs, *args, **kwargs)
         finally:
-            self._calls.pop()
-            for pair in handles:
-                for handle in pair:
-                    handle.remove()
-        with recorder.pause():
-            self._take_results(call, wanted, result)
-            mark_hooks(call)
-            if not call.nested:
-                self._gradients.clear()
-                if recorder.observer is not None:
-                    recorder.observer.backward_ended(recorder, call)
-                recorder.folder.step_ended()
+            local.floor = floor
+            if call is not None:
+                self._calls.pop()
+            for handle in handles:
+                handle.remove()
+        if call is not None:
+            with recorder.pause(), recorder.looking("what a backward call gave", frame):
+                self._ended(call, wanted, result)
         return result
 
-    def _reachable(self, outputs) -> list:
-        """Every node from the outputs down, saved tensors noted on the way."""
-        stack, seen, nodes = [], set(), []
-        for tensor in outputs:
-            if not isinstance(tensor, torch.Tensor):
-                node = getattr(tensor, "node", None)  # a GradientEdge
-            else:
-                node = torch.autograd.graph.get_gradient_edge(tensor).node if tensor.requires_grad else None
-            if node is not None:
-                stack.append(node)
-        while stack:
-            node = stack.pop()
-            if node in seen:
+    def _call(self, outputs: list[torch.Tensor], frame) -> BackwardCall:
+        recorder, graph = self._recorder, self._recorder.graph
+        roots = tuple(map(recorder.table.of, outputs))
+        call = BackwardCall(len(graph.backwards), source.at(frame), len(graph.ops), roots, nested=self.running)
+        call.root_keys = tuple(map(recorder.table.edge, outputs, roots))
+        graph.backwards.append(call)
+        return call
+
+    def _ended(self, call: BackwardCall, wanted: tuple, result: Any) -> None:
+        self._take_results(call, wanted, result)
+        mark_hooks(call)
+        if not call.nested:
+            self._gradients.clear()
+            if self._recorder.observer is not None:
+                self._recorder.observer.backward_ended(self._recorder, call)
+            self._recorder.step_ended()
+
+    def _resolve(self, nodes: list) -> dict[Any, tuple[tuple, Op | None, tuple]]:
+        """Of each node its key, the operation whose derivative it is, and where its gradients go. `nodes`: those that
+        a node leads to come before it."""
+        found: dict[Any, tuple[tuple, Op | None, tuple]] = {}
+        made = [op for node in nodes if (op := node.metadata.get(MADE_BY)) is not None]
+        taken, numbers = {op.index for op in made}, {op.sequence for op in made}
+        for place, node in enumerate(nodes):
+            edges = tuple(
+                None if following is None else _edge(found[following][0], number)
+                for following, number in node.next_functions
+            )
+            if node.name().endswith(LEAF):
+                found[node] = ("leaf", self._recorder.table.leaf(node.variable)), None, edges
                 continue
-            seen.add(node)
-            nodes.append(node)
-            self._note_saved(node)
-            stack += [following for following, _ in node.next_functions if following is not None]
-        return nodes
+            number, op = node._sequence_nr(), self._op_of(node, edges, taken)
+            key = self._recorder.numbers.number(number) if op is None else op.sequence & ~LOW | number
+            if op is None and key in numbers:
+                key = -1 - place  # of another thread, which gave it a number of ours
+            numbers.add(key)
+            found[node] = (key,), op, edges
+        return found
 
-    def op_of(self, node) -> Op | None:
-        """The operation whose derivative a node is."""
+    def _op_of(self, node, edges: tuple, taken: set[int]) -> Op | None:
+        """The operation whose derivative a node is. One that no recorded operation has read the result of is known by
+        its number, its name, and where it leads to."""
+        graph, number, name = self._recorder.graph, node._sequence_nr(), _plain_name(node.name())
+        op = node.metadata.get(MADE_BY)
+        for index in self._recorder.by_sequence.get(number, ()) if op is None else ():
+            known = graph.ops[index]
+            alike = _plain_name(known.label).startswith(name) or name.startswith(_plain_name(known.label))
+            if index not in taken and (known.kind != "op" or alike) and _same_ways(known.edges, edges):
+                op = known
+                break
+        if op is None and name == "copyslices":
+            # An operation changed a view in place; its own node, numbered just before, is inside.
+            changing = (graph.ops[i] for i in self._recorder.by_sequence.get(number - 1, ()))
+            op = next((known for known in changing if known.mutates), None)
+        if op is not None:
+            op.node = "CopySlices" if name == "copyslices" else op.node or node.name()
+        return op
+
+    def _note_saved(self, node, op: Op | None) -> None:
         recorder = self._recorder
-        candidates = recorder.by_sequence.get(node._sequence_nr(), ())
-        name = _plain_name(node.name())
-        for index in candidates:
-            op = recorder.graph.ops[index]
-            if op.kind != "op" or _plain_name(op.label).startswith(name) or name.startswith(_plain_name(op.label)):
-                op.node = op.node or node.name()
-                return op
-        if name == "copyslices":
-            return self._changed_view(node._sequence_nr())
-        return None
-
-    def _changed_view(self, number: int) -> Op | None:
-        """CopySlices: an operation changed a view in place; its own node, numbered just before, is inside."""
-        for index in self._recorder.by_sequence.get(number - 1, ()):
-            op = self._recorder.graph.ops[index]
-            if op.mutates:
-                op.node = "CopySlices"
-                return op
-        return None
-
-    def _note_saved(self, node) -> None:
-        recorder = self._recorder
-        op = self.op_of(node)
         if op is None or op.packed or op.kind == "compiled":
             return
         for name in dir(node):
@@ -149,43 +160,32 @@ class BackwardHooks:
                     continue  # a number
                 with contextlib.suppress(RuntimeError):
                     for tensor in _tensors(getattr(node, name)):
-                        value = recorder.graph.values[recorder.value_of(tensor)]
+                        value = recorder.graph.values[recorder.table.of(tensor)]
                         if op.index not in value.saved_by:
                             value.saved_by.append(op.index)
 
-    def _key(self, node) -> tuple:
-        if node.name().endswith(LEAF):
-            return ("leaf", self._recorder.leaf_value(node.variable))
-        return (node._sequence_nr(),)
-
-    def _edges(self, node) -> tuple:
-        edges = []
-        for following, number in node.next_functions:
-            if following is None:
-                edges.append(None)
-                continue
-            key = self._key(following)
-            edges.append(key if key[0] == "leaf" else (key[0], number))
-        return tuple(edges)
-
-    def _hang(self, call: BackwardCall, node) -> tuple:
-        key, op, edges = self._key(node), self.op_of(node), self._edges(node)
+    def _hang(self, call: BackwardCall, node, key: tuple, op: Op | None, edges: tuple) -> tuple:
         recorder = self._recorder
         leaf = key[1] if key[0] == "leaf" else None
         if leaf is not None:
             recorder.graph.values[leaf].hooks = hook_lines(node.variable)
 
         def before(_into) -> None:
-            self._kernels.append([])
+            recorder.local.kernels.append([])
+            recorder.local.nodes.append(node)
 
         def after(out, into) -> None:
-            kernels = self._kernels.pop() if self._kernels else []
-            with recorder.pause(), torch.no_grad():
+            kernels = recorder.local.kernels.pop() if recorder.local.kernels else []
+            del recorder.local.nodes[-1:]
+            where = op.source if op else call.source
+            with recorder.pause(), torch.no_grad(), recorder.looking(f"the gradient of {node.name()}", where):
                 step = Step(
                     op.index if op else None, node.name(), key, leaf, tuple(map(self._gradient, into)),
                     () if leaf is not None else tuple(map(self._gradient, out)), edges, kernels,
                 )  # fmt: skip
                 call.steps.append(step)
+                if leaf is not None and into[0] is not None:
+                    call.leaf_grads[leaf] = step.into[0]
                 if recorder.observer is not None:
                     recorder.observer.node_ran(recorder, step, op, node, into, out)
                 elif recorder.kept.limit != 0:
@@ -194,8 +194,6 @@ class BackwardHooks:
                         self.evidence.append((call, step, op, into, () if leaf is not None else out))
                     else:
                         self.evidence.clear()
-            if leaf is not None and into[0] is not None:
-                call.leaf_grads[leaf] = step.into[0]
 
         if leaf is not None:
             # The accumulation's own outputs are none; its hook before sees the sum that is added to `.grad`.
@@ -219,8 +217,39 @@ class BackwardHooks:
             return
         for tensor, grad in zip(wanted, result, strict=False):
             if isinstance(tensor, torch.Tensor) and grad is not None:
-                value = self._recorder.leaf_value(tensor) if tensor.is_leaf else self._recorder.value_of(tensor)
+                value = self._recorder.table.leaf(tensor) if tensor.is_leaf else self._recorder.table.of(tensor)
                 call.leaf_grads[value] = self._gradient(grad)
+
+
+def _reachable(outputs) -> list:
+    """Every node from the outputs down; those that a node leads to come before it."""
+    stack, seen, nodes = [], set(), []
+    for tensor in outputs:
+        if not isinstance(tensor, torch.Tensor):
+            node = getattr(tensor, "node", None)  # a GradientEdge
+        else:
+            node = torch.autograd.graph.get_gradient_edge(tensor).node if tensor.requires_grad else None
+        if node is not None:
+            stack.append((node, False))
+    while stack:
+        node, done = stack.pop()
+        if done:
+            nodes.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack += [(following, False) for following, _ in node.next_functions if following is not None]
+    return nodes
+
+
+def _edge(key: tuple, number: int) -> tuple:
+    return key if key[0] == "leaf" else (key[0], number)
+
+
+def _same_ways(recorded: tuple, edges: tuple) -> bool:
+    """Whether a node and an operation send a gradient to the same place."""
+    one, other = {e for e in recorded if e}, {e for e in edges if e}
+    return not one or not other or bool(one & other)
 
 
 def compiling() -> bool:

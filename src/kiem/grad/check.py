@@ -17,12 +17,15 @@ from torch import Tensor
 
 from kiem.grad import rules
 from kiem.grad.graph import BackwardCall, Graph, Op, Step
-from kiem.grad.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge
+from kiem.grad.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge, usual_size
+from kiem.grad.layouts import at_elements, can_be_written_out, elements, regular, with_elements, written_out
 from kiem.grad.numeric import Derivative, derivative
 from kiem.grad.replay import CannotReplay, Replay, Tensors, flatten, leading_to, widen, with_tensors
 
-# Arguments of which an operation reads one triangle: its gradient is only meant along such directions.
+# Arguments of which an operation reads one triangle, or which are logarithms of probabilities that sum to 1: their
+# gradient is only meant along such directions.
 STRUCTURE = {
+    ("_ctc_loss", "log_probs"): "normalised",
     ("linalg_cholesky_ex", "self"): "symmetric", ("cholesky", "self"): "symmetric", ("_linalg_eigh", "A"): "symmetric",
     ("cholesky_solve", "input2"): "triangular", ("cholesky_inverse", "self"): "triangular",
     ("linalg_solve_triangular", "self"): "triangular", ("triangular_solve", "A"): "triangular",
@@ -55,6 +58,12 @@ class Function:
         self._replay = Replay(graph, self.ops, recorded, cut=False, wide=wide)
 
     def __call__(self, given: Tensors, noise=None) -> list[Tensor]:
+        """The elements of its outputs, from those of its inputs (layouts.py)."""
+        return [elements(y) for y in self.outputs(given, noise)]
+
+    def outputs(self, given: Tensors, noise=None) -> list[Tensor]:
+        """Its outputs as they are laid out, from the elements of its inputs."""
+        given = {v: with_elements(self.recorded[v], t) for v, t in given.items()}
         given = {v: t.clone() for v, t in given.items()} if self.changes or self.called else dict(given)
         if self.called:
             function, args, _ = self.op.call
@@ -76,6 +85,25 @@ class Function:
         return self._replay.find(value, tensors)
 
 
+def differentiable(tensor: Tensor) -> bool:
+    """Whether its elements can have a derivative."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def surrogate(op: Op) -> bool:
+    """Whether a custom Function says, by its attribute `surrogate_gradient = True`, that its backward is meant to be
+    something else than its derivative (straight-through estimators, reversed gradients)."""
+    return op.kind == "function" and op.call is not None and getattr(op.call[0], "surrogate_gradient", False) is True
+
+
+def without_padding(op: Op, argument: str, direction: Tensor) -> Tensor:
+    """An embedding reads the row of its padding, but by definition passes no gradient to it."""
+    padding = op.attributes.get("padding_idx", -1)
+    if op.label in ("embedding", "_embedding_bag") and argument.startswith("weight") and padding >= 0:
+        direction[padding] = 0
+    return direction
+
+
 def inside(graph: Graph, op: Op):
     """The operations that ran inside a custom Function."""
     family = {op.index}
@@ -87,6 +115,8 @@ def inside(graph: Graph, op: Op):
 
 def check(graph: Graph, call: BackwardCall, op: Op, step: Step, recorded: Tensors, into: tuple, out: tuple) -> Verdict:
     """Hold one node of a backward call against mathematics. `into`, `out`: its real gradients."""
+    if surrogate(op):
+        return Verdict(op.index, "unchecked", "it says that its backward is no derivative (surrogate_gradient)")
     try:
         return _Check(graph, call, op, step, recorded, into, out).verdict()
     except CannotReplay as reason:
@@ -102,28 +132,32 @@ class _Check:
         self.on_base = step.node.endswith("CopySlices") and op.base is not None
         self.rule = None if self.on_base or op.kind != "op" else rules.find(op.name)
         self.random = Random(op.index)
+        if any(value not in recorded for value in self._needed()):
+            raise CannotReplay("its inputs were not kept")
         self.got, self.names = self._gradients(step, out)
         if not self.got:
             raise CannotReplay("its gradients could not be matched with its inputs")
-        if any(value not in recorded for value in self._needed()):
-            raise CannotReplay("its inputs were not kept")
-        self._run_again(into)
+        laid_out = self._run_again(into)
+        if not all(map(regular, laid_out)) or not all(map(can_be_written_out, map(recorded.get, self._needed()))):
+            self.rule = None  # the table speaks of tensors that are written out
 
     def _needed(self) -> list[int]:
         return [v for _, v in self.op.inputs] + ([self.op.base] if self.on_base else [])
 
-    def _run_again(self, into: tuple) -> None:
-        """In float64 if that can be, else in its own types; what it gives must be what it gave."""
+    def _run_again(self, into: tuple) -> list[Tensor]:
+        """In float64 if that can be, else in its own types; what it gives, laid out, must be what it gave."""
         ways = [(True, False), (False, self.op.kind != "op")]
         for wide, called in ways[1:] if self.op.kind == "compiled" else ways:
             self.wide = wide
             try:
                 self.inputs: Tensors = {
-                    v: widen(self.recorded[v]) if self.wide else self.recorded[v].clone() for v in self._needed()
+                    v: elements(widen(self.recorded[v]) if self.wide else self.recorded[v].clone())
+                    for v in self._needed()
                 }
                 with torch.no_grad():
                     self.function = Function(self.graph, self.op, self.recorded, self.on_base, self.wide, called)
-                    self.outputs = self.function(self.inputs)
+                    laid_out = self.function.outputs(self.inputs)
+                    self.outputs = [elements(y) for y in laid_out]
                 self._reproduces()
                 break
             except (RuntimeError, NotImplementedError, TypeError, CannotReplay) as reason:
@@ -131,9 +165,10 @@ class _Check:
         else:
             raise failed if isinstance(failed, CannotReplay) else CannotReplay(str(failed).splitlines()[0][:160])
         self.cotangents = [
-            None if g is None or not (y.is_floating_point() or y.is_complex()) else widen(g).to(y.device)
-            for y, g in zip(self.outputs, [*into, *[None] * len(self.outputs)], strict=False)
+            None if g is None or not differentiable(y) else at_elements(widen(g).to(y.device), y)
+            for y, g in zip(laid_out, [*into, *[None] * len(self.outputs)], strict=False)
         ]
+        return laid_out
 
     def _gradients(self, step: Step, out: tuple) -> tuple[dict[int, Tensor | None], dict[int, str]]:
         """The gradient of each input value; of a value that comes in twice, the sum."""
@@ -155,7 +190,7 @@ class _Check:
             used.add(match)
             name, value = positions[match]
             names[value] = f"{names[value]}, {name}" if value in names else name
-            grad = None if grad is None else widen(grad)
+            grad = None if grad is None else at_elements(widen(grad), self.recorded[value])
             got[value] = grad if got.get(value) is None else got[value] if grad is None else got[value] + grad
         return got, names
 
@@ -184,15 +219,16 @@ class _Check:
         """Random, of the size of what it is added to, and of its structure where the operation reads only part of
         it."""
         x = self.inputs[value]
-        scale = float(x.abs().square().mean().sqrt()) if x.numel() else 1.0
         random = self.random.like(x)
-        random *= scale if scale > 0 and math.isfinite(scale) else 1.0
+        random *= usual_size(x)
         structure = STRUCTURE.get((self.op.label, self.names.get(value, "")))
         if structure == "symmetric":
             return (random + random.mT.conj()) / 2
         if structure == "triangular":
             return random.triu() if self.op.attributes.get("upper") else random.tril()
-        return random
+        if structure == "normalised":
+            return random - (x.exp() * random).sum(-1, keepdim=True)
+        return without_padding(self.op, self.names.get(value, ""), random)
 
     def numeric(self, directions: Tensors) -> Derivative:
         """The derivative of Σ g·y along directions of some inputs."""
@@ -227,7 +263,7 @@ class _Check:
         moved = noise or inputs is not None
         inputs, cotangents = inputs or self.inputs, self.cotangents
         if noise:
-            inputs = {v: self._shake(t) for v, t in inputs.items()}
+            inputs = {v: self._shake(t) if v in self.got else t for v, t in inputs.items()}
             cotangents = [None if g is None else self._shake(g) for g in cotangents]
         if self.rule is not None:
             return self._by_rule(inputs, cotangents, moved, noise)
@@ -244,7 +280,10 @@ class _Check:
             grads = torch.autograd.grad(
                 [y for y, _ in pairs], [leaves[v] for v in wanted], [g for _, g in pairs], allow_unused=True
             )
-        return {v: torch.zeros_like(leaves[v]) if g is None else g for v, g in zip(wanted, grads, strict=True)}
+        return {
+            v: torch.zeros_like(leaves[v]) if g is None else at_elements(g, leaves[v])
+            for v, g in zip(wanted, grads, strict=True)
+        }
 
     def _by_rule(self, inputs: Tensors, cotangents: list, moved: bool, noise: bool) -> dict[int, Tensor]:
         with torch.no_grad():
@@ -252,12 +291,14 @@ class _Check:
             inputs, outputs = {v: widen(x) for v, x in inputs.items()}, [widen(y) for y in outputs]
             if noise:
                 outputs = [self._shake(y) for y in outputs]
+            inputs = {v: written_out(with_elements(self.recorded[v], x)) for v, x in inputs.items()}
             call = rules.Call({n: inputs[v] for n, v in self.op.inputs}, self.op.attributes, tuple(outputs))
             by_name = self.rule.vjp(call, tuple(cotangents))
         found: dict[int, Tensor] = {}
         for name, value in self.op.inputs:
             if value in self.got and by_name.get(name) is not None:
-                found[value] = found[value] + by_name[name] if value in found else by_name[name]
+                grad = at_elements(by_name[name], self.recorded[value]).to(inputs[value].device)
+                found[value] = found[value] + grad if value in found else grad
         return {v: found.get(v, torch.zeros_like(self.inputs[v])) for v in self.got}
 
     def _shake(self, tensor: Tensor) -> Tensor:
@@ -268,7 +309,8 @@ class _Check:
     def _shake_saved(self, tensor: Tensor) -> Tensor:
         """As a rounding would: the operation that made it must see the change in what it saved, too."""
         if tensor.is_floating_point():
-            tensor.data.copy_(self._shake(tensor.data))
+            held = elements(tensor.data)
+            held.copy_(self._shake(held))
         return tensor
 
     def _only_moves(self) -> bool:
@@ -344,6 +386,7 @@ class _Check:
             number,
             lambda there: self.numeric({value: there}),
             lambda: self._sides(value),
+            self.rule is not None,
         )
         if got is None:
             result.got = None

@@ -23,7 +23,7 @@ def wrap_functions(recorder: Recorder) -> Callable[[], None]:
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls, *args, **kwargs):
-        elsewhere = recorder.paused or compiling() or not source.records_here(recorder)
+        elsewhere = recorder.local.paused or compiling() or not source.records_here(recorder)
         if elsewhere or torch._C._are_functorch_transforms_active():
             return original.__func__(cls, *args, **kwargs)
         return _recorded(recorder, cls, original.__func__, args, kwargs)
@@ -39,17 +39,17 @@ def wrap_functions(recorder: Recorder) -> Callable[[], None]:
 def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
     frame, region = recorder.lines.find(sys._getframe(2))
     with recorder.pause():
-        recorder.name_locals(frame)
-        compiled = cls.__module__.startswith("torch._functorch") or cls.__name__ == "CompiledFunction"
+        recorder.table.name_locals(frame)
+        # torch.compile's, and torch.cond, scan and their like, which it compiles.
+        compiled = cls.__module__.startswith(("torch._functorch", "torch._higher_order_ops"))
         names = [f"input{i}" for i in range(len(args))] if compiled else _argument_names(cls, len(args))
         tensors = [(name, a) for name, a in zip(names, args, strict=True) if isinstance(a, torch.Tensor)]
-        inputs = tuple((name, recorder.value_of(t)) for name, t in tensors)
-        edges = tuple(recorder.edge(t, v) for (_, t), (_, v) in zip(tensors, inputs, strict=True))
+        inputs = tuple((name, recorder.table.of(t)) for name, t in tensors)
+        edges = tuple(recorder.table.edge(t, v) for (_, t), (_, v) in zip(tensors, inputs, strict=True))
         recorder.keep_inputs(tensors, inputs)
-        versions = [recorder.storage_of(t).version for _, t in tensors]
+        versions = [recorder.table.storage_of(t).version for _, t in tensors]
         path, kind = recorder.modules.current
-        compiled = cls.__module__.startswith("torch._functorch") or cls.__name__ == "CompiledFunction"
-        parent = recorder.parents[-1] if recorder.parents else None
+        parent = recorder.local.parents[-1] if recorder.local.parents else None
         again, packed = source.saving(None if parent is None else recorder.graph.ops[parent])
         op = Op(
             index=len(recorder.graph.ops), name=cls.__name__, kind="compiled" if compiled else "function",
@@ -62,39 +62,40 @@ def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
             call=(cls, recorder.template(args), recorder.template(kwargs)),
         )  # fmt: skip
         recorder.graph.ops.append(op)
-    recorder.parents.append(op.index)
+    recorder.local.parents.append(op.index)
     try:
         out = apply(cls, *args, **kwargs)
     except Exception as error:
         op.error = str(error)
         raise
     finally:
-        recorder.parents.pop()
+        recorder.local.parents.pop()
     with recorder.pause():
         changed = [
             v
             for (_, t), (_, v), n in zip(tensors, inputs, versions, strict=True)
-            if recorder.storage_of(t).version != n
+            if recorder.table.storage_of(t).version != n
         ]
         op.mutates = tuple(changed)
         op.outputs = tuple(_outputs(recorder, op, out))
         for tensor in flatten(out):
             if tensor.grad_fn is not None and type(tensor.grad_fn).__name__.endswith("Backward"):
-                op.sequence, op.node = tensor.grad_fn._sequence_nr(), tensor.grad_fn.name()
-                recorder.by_sequence.setdefault(op.sequence, []).insert(0, op.index)
+                number = tensor.grad_fn._sequence_nr()
+                op.sequence, op.node = recorder.numbers.number(number), tensor.grad_fn.name()
+                recorder.by_sequence.setdefault(number, []).insert(0, op.index)
                 break
     return out
 
 
 def _outputs(recorder: Recorder, op: Op, out):
     for i, tensor in enumerate(flatten(out)):
-        inner = recorder.seen(tensor)
-        value = recorder.new_value(tensor, op.index, i)
+        inner = recorder.table.seen(tensor)
+        value = recorder.table.new(tensor, op.index, i)
         if inner is not None:
             made = recorder.graph.values[inner]
             value.stats, value.data, value.base = made.stats, made.data, made.base
         else:
-            recorder.describe(value, tensor)
+            recorder.table.describe(value, tensor)
         yield value.index
 
 

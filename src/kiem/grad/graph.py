@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
+
+from kiem.grad.layouts import readable, regular, shape_of, sums_modulo, written_out
 
 SMALL = 64  # a tensor of at most so many elements is kept whole, of a larger one only its statistics
 
@@ -55,7 +56,7 @@ class Ref:
 @dataclass(slots=True)
 class Value:
     index: int
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of a nested tensor: how many tensors it holds
     dtype: torch.dtype
     device: str
     strides: tuple[int, ...]
@@ -64,6 +65,8 @@ class Value:
     version: int  # in-place changes of the storage before this value
     requires_grad: bool
     is_leaf: bool
+    layout: str = "strided"  # or sparse_coo, sparse_csr, jagged, ...
+    held: int | None = None  # elements, where the shape does not say it
     is_parameter: bool = False
     name: str | None = None
     producer: int | None = None  # the op that made it; None: it came from outside
@@ -85,7 +88,7 @@ class Value:
     @property
     def nbytes(self) -> int:
         """Bytes of the elements; those of a view belong to its base."""
-        return self.numel * self.dtype.itemsize
+        return (self.numel if self.held is None else self.held) * self.dtype.itemsize
 
     @property
     def rank(self) -> str:
@@ -201,7 +204,7 @@ class Failure:
 class Graph:
     ops: list[Op] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
-    storages: list[Storage] = field(default_factory=list)
+    storages: dict[int, Storage] = field(default_factory=dict)  # by index
     backwards: list[BackwardCall] = field(default_factory=list)
     repeats: list[Repeat] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -225,43 +228,18 @@ class Graph:
 
 def gradient(tensor: torch.Tensor, stats: Stats) -> Gradient:
     """The record of a gradient."""
-    return Gradient(tuple(tensor.shape), tensor.dtype, stats, sketch(tensor), small_data(tensor))
-
-
-def readable(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The elements, strided and without a graph; None if there are none to look at (meta, fake, inside of vmap)."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if not functorch.is_gradtrackingtensor(tensor):
-            return None
-        tensor = functorch.get_unwrapped(tensor)
-    if functorch.is_legacy_batchedtensor(tensor) or tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
-        return None
-    if not regular(tensor) and tensor.layout == torch.strided:
-        return None
-    values = tensor.detach()
-    if values.is_quantized:
-        values = values.dequantize()
-    return values if values.layout == torch.strided else values.to_dense()
-
-
-def regular(tensor: torch.Tensor) -> bool:
-    """Whether it has a shape and strides: not sparse, nested, or lazy."""
-    return tensor.layout == torch.strided and not tensor.is_nested and not is_lazy(tensor)
-
-
-def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Of a nested tensor only how many it holds; () of a lazy one."""
-    if is_lazy(tensor):
-        return ()
-    return (tensor.size(0),) if tensor.is_nested else tuple(tensor.shape)
+    return Gradient(shape_of(tensor), tensor.dtype, stats, sketch(tensor), small_data(tensor))
 
 
 def sketch(tensor: torch.Tensor) -> torch.Tensor:
     """float64 (at most 64,): a linear digest, see `Gradient`."""
+    if not regular(tensor) and not tensor.is_nested and tensor.numel() > SMALL and not tensor.is_complex():
+        return sums_modulo(tensor, SMALL).cpu()
     values = readable(tensor)
     if values is None:
         return torch.zeros(0, dtype=torch.float64)
+    if not regular(tensor) and not tensor.is_nested:
+        values = written_out(tensor.detach())
     if values.is_complex():
         values = torch.view_as_real(values.resolve_conj())
     if values.numel() <= SMALL:
@@ -279,7 +257,9 @@ def sketch(tensor: torch.Tensor) -> torch.Tensor:
 
 def small_data(tensor: torch.Tensor) -> Any:
     """Nested lists of the elements when they are few."""
-    values = None if is_lazy(tensor) or tensor.numel() > SMALL else readable(tensor)
+    values = None if is_lazy(tensor) or tensor.is_nested or tensor.numel() > SMALL else readable(tensor)
+    if values is not None and not regular(tensor):
+        values = written_out(tensor.detach())
     with contextlib.suppress(RuntimeError):
         return None if values is None else values.cpu().tolist()
     return None

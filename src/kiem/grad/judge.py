@@ -43,6 +43,22 @@ class InputVerdict:
     shape: tuple[int, ...] = ()
 
 
+def usual_size(tensor: Tensor) -> float:
+    """Of an element: the root mean square, but not that of a few huge ones (the -1e9 of a mask); 1 if all are zero."""
+    flat = tensor.reshape(-1)
+    size = flat[:: max(1, flat.numel() // 4096)].abs().double()
+    size = size[(size > 0) & torch.isfinite(size)]
+    middle = float(size.median()) if size.numel() else 0.0
+    mean = float(torch.linalg.vector_norm(flat, dtype=_wide(flat)) / math.sqrt(max(flat.numel(), 1)))
+    if not math.isfinite(mean) or (middle and mean > 64 * middle):
+        mean = middle
+    return mean or 1.0
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.complex128 if tensor.is_complex() else torch.float64
+
+
 class Random:
     """Random numbers by seed, cut from one long row of them: tensors are large, and normal numbers in float64 slow."""
 
@@ -89,24 +105,19 @@ def judge(
     number: Derivative,
     numeric: Callable[[Tensor], Derivative],
     sides: Callable[[], tuple[Tensor, Tensor]],
+    independent: bool = False,
 ) -> None:
     """Fill in the verdict of one gradient: `got` against `reference`, element by element, and both against the
-    number.
+    number. `independent`: the reference owes nothing to autograd, so where both say the same, a number that says
+    something else did not settle.
 
     At a kink the number is no judge: elements whose reference jumps between the `sides` are left out of the
     direction, and there any value between the sides is a derivative that autograd may choose."""
     result.numeric, result.numeric_error, result.along = number.value, number.error, inner(got, direction)
-    tiny = 8 * torch.finfo(result.dtype).tiny
     if reference is None:
-        scale = max(abs(number.value), float((got.abs() * direction.abs()).square().sum().sqrt()))
-        allowed = unit * result.bound * 5 * scale + 4 * number.error + tiny
-        if scale:
-            result.units, result.bound = abs(result.along - number.value) / (unit * scale), allowed / (unit * scale)
-        if not number.low - allowed <= result.along <= number.high + allowed:
-            result.verdict, result.expected, result.got = "wrong", number.value, result.along
-        elif number.kink:
-            result.verdict = "kink"
+        _by_number(result, got, unit, direction, number)
         return
+    tiny = 8 * torch.finfo(result.dtype).tiny
     moved = _with_neighbours(moved)
     if _plainly_right(result, got, reference, moved, unit, direction, number):
         return
@@ -130,15 +141,31 @@ def judge(
         result.numeric, result.numeric_error, result.along = number.value, number.error, inner(got, direction)
     certified = number.low - slack <= inner(reference, direction) <= number.high + slack
     agrees = number.low - slack <= result.along <= number.high + slack
-    if (certified and not mismatch.any()) or (not certified and agrees):
-        result.verdict = "ok" if kinked is None else "kink"
-        if not certified:
-            result.reference = ""  # autograd and the number agree: the reference is what differs
+    if not certified and not (independent and not mismatch.any()):
+        result.reference = ""  # the number speaks against it and decides alone
+        _by_number(result, got, unit, direction, number)
+        if agrees:
+            result.verdict = "ok" if kinked is None else "kink"
         return
-    where = ratio.argmax() if mismatch.any() else error.argmax()
+    if not mismatch.any():
+        result.verdict = "ok" if kinked is None else "kink"
+        return
+    where = ratio.argmax()
     result.verdict, result.wrong_elements = "wrong", int(mismatch.sum())
     result.element = tuple(int(i) for i in torch.unravel_index(where, error.shape)) if error.dim() else ()
     result.expected, result.got = _number(reference.reshape(-1)[where]), _number(got.reshape(-1)[where])
+
+
+def _by_number(result: InputVerdict, got: Tensor, unit: float, direction: Tensor, number: Derivative) -> None:
+    """Only the derivative along the direction is known."""
+    scale = max(abs(number.value), float((got.abs() * direction.abs()).square().sum().sqrt()))
+    allowed = unit * result.bound * 5 * scale + 4 * number.error + 8 * torch.finfo(result.dtype).tiny
+    if scale:
+        result.units, result.bound = abs(result.along - number.value) / (unit * scale), allowed / (unit * scale)
+    if not number.low - allowed <= result.along <= number.high + allowed:
+        result.verdict, result.expected, result.got = "wrong", number.value, result.along
+    elif number.kink:
+        result.verdict = "kink"
 
 
 def _with_neighbours(moved: Tensor) -> Tensor:
@@ -191,4 +218,4 @@ def inner(a: Tensor, b: Tensor) -> float:
 
 def _number(tensor: Tensor) -> Any:
     number = tensor.item()
-    return number.real if isinstance(number, complex) else number
+    return number if not isinstance(number, complex) else f"{number:.9g}"

@@ -61,7 +61,9 @@ def _straight(up: float, down: float, half: float, rounding: float) -> bool:
 def _better(one: Derivative, best: Derivative) -> bool:
     """A smaller error; but a large asymmetry that is not yet a kink only says that the step was too wide."""
     if one.kink != best.kink:
-        return one.kink if best.asymmetry > 4 * one.error else not one.kink and one.asymmetry < best.asymmetry / 4
+        if not one.kink:  # a wide step saw a kink further off
+            return max(one.asymmetry, one.error) < best.asymmetry / 4
+        return best.asymmetry > 4 * one.error
     return one.error + 0.1 * (0.0 if one.kink else one.asymmetry) < best.error + 0.1 * (
         0.0 if best.kink else best.asymmetry
     )

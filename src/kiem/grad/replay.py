@@ -12,11 +12,17 @@ from typing import Any
 import torch
 
 from kiem.grad.graph import Graph, Op, Ref
+from kiem.grad.written_out import WRITTEN_OUT, without_out
 
 # Their backward looks for the elements that equal the result: noise on the result would leave none.
 COMPARING = frozenset(
     {"amax", "amin", "max", "min", "scatter_reduce", "median", "nanmedian", "aminmax", "linalg_vector_norm"}
 )
+
+# Backward operations of norms: which arguments are the mean and the reciprocal deviation of the input.
+NORMS_BACKWARD = {
+    "native_batch_norm_backward": (5, 6), "native_layer_norm_backward": (3, 4), "native_group_norm_backward": (2, 3),
+}  # fmt: skip
 
 Tensors = dict[int, torch.Tensor]  # by value
 
@@ -58,8 +64,16 @@ def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tu
         return (args[0].view_as(args[0]),)
     if wide and op.label in ("_softmax", "_log_softmax"):
         args = (*args[:2], False)
-    if wide and op.label == "_to_copy" and torch.is_tensor(args[0]):
-        return (args[0].clone(),) if args[0].is_floating_point() else (func(*args, **kwargs),)
+    kwargs.pop("non_blocking", None)  # what is read next must be there
+    if op.label == "copy_":
+        args = args[:2]
+    if wide and op.label in NORMS_BACKWARD:
+        args = _with_statistics(op, args, recorded)
+    if wide and op.label in WRITTEN_OUT:
+        func = WRITTEN_OUT[op.label]
+    elif op.mutates:
+        func, written = without_out(func)
+        kwargs = {name: value for name, value in kwargs.items() if name not in written}
     out = func(*args, **kwargs)
     outputs = tuple(out) if isinstance(out, list | tuple) else (out,)
     if op.mutates and not any(isinstance(o, torch.Tensor) for o in outputs):
@@ -68,6 +82,33 @@ def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tu
         (widen(o) if wide else o) if o.is_floating_point() or o.is_complex() else recorded.get(v, o)
         for v, o in zip(op.outputs, (o for o in outputs if isinstance(o, torch.Tensor)), strict=False)
     )
+
+
+def _with_statistics(op: Op, args: tuple, recorded: Tensors) -> tuple:
+    """The backward of a norm with the mean and deviation of the input that it is given: the derivative that torch has
+    for it counts them as functions of the input, though it hands them over."""
+    mean, rstd = NORMS_BACKWARD[op.label]
+    x = args[1].detach()
+    if op.label == "native_batch_norm_backward":
+        if not args[7]:
+            return args
+        over = [d for d in range(x.dim()) if d != 1]
+    elif op.label == "native_layer_norm_backward":
+        over = list(range(x.dim() - len(args[2]), x.dim()))
+    else:
+        x, over = x.reshape(args[5], args[8], -1), [2]
+
+    def moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return y.mean(over), y.var(over, correction=0)
+
+    given = dict(op.inputs)
+    before = widen(recorded[given["input"]]).reshape(x.shape)
+    was = widen(recorded[given["save_invstd" if "save_invstd" in given else "rstd"]])
+    eps = was.square().reciprocal() - moments(before)[1].view(was.shape)
+    center, spread = (m.view(args[mean].shape) for m in moments(x))
+    changed = list(args)
+    changed[mean], changed[rstd] = center, (spread + eps).rsqrt()
+    return tuple(changed)
 
 
 def _written(op: Op) -> list[int]:
@@ -83,8 +124,10 @@ def _random(op: Op, tensors: Tensors, recorded: Tensors) -> tuple[torch.Tensor |
         share, kept = op.attributes["p"], recorded.get(op.outputs[1])
         if kept is None:
             raise CannotReplay("its mask was not kept")
-        scale = 0.0 if share >= 1 else 1 / (1 - share)
+        scale = 1.0 if op.attributes.get("train") is False else 0.0 if share >= 1 else 1 / (1 - share)
         return tensors[dict(op.inputs)["input"]] * kept.double() * scale, kept
+    if op.edges and op.label in ("_standard_gamma", "_sample_dirichlet"):
+        raise CannotReplay("its gradient goes through the sample, which is not drawn again")
     missing = [v for v in op.outputs if v not in recorded]
     if missing or any(part in op.label for part in ("dropout", "rrelu", "scaled_dot_product", "_rnn")):
         raise CannotReplay("it is random and gives no mask to run it again with")
@@ -148,7 +191,7 @@ class Replay:
                 if self._alone(value, op.index):
                     # Nobody sees this memory through a view: a copy keeps what autograd has saved of it.
                     tensors[value] = tensors[value].clone()
-            if op.label == "detach" and self.cut and op.parent is None:
+            if op.label == "detach" and self.cut and op.parent is None and op.region != "backward":
                 if op.outputs[0] not in self._frozen:
                     self._frozen[op.outputs[0]] = tensors[op.inputs[0][1]].detach().clone()
                 outputs = (self._frozen[op.outputs[0]],)

@@ -8,6 +8,12 @@ from typing import Any
 
 import torch
 
+# Asked of tensors whose class is written in Python, which answers for them.
+ASKING = {
+    "dim", "is_contiguous", "is_non_overlapping_and_dense", "is_strides_like_format", "numel", "size", "storage_offset",
+    "stride", "sym_is_contiguous", "sym_numel", "sym_size", "sym_storage_offset", "sym_stride",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Signature:
@@ -19,6 +25,7 @@ class Signature:
     random: bool
     detaches: bool
     makes: bool  # a new tensor from Python's numbers
+    asks: bool  # of what kind a tensor is (its sizes, its layout), not what it holds
 
     def bound(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Arguments by name, in the order of the schema."""
@@ -62,6 +69,7 @@ def signature(func: Any) -> Signature:
         defaults=tuple((a.name, a.default_value) for a in arguments if a.has_default_value()),
         random=torch.Tag.nondeterministic_seeded in func.tags,
         makes=func is torch.ops.aten.lift_fresh.default,
+        asks=func.namespace == "prim" or func.__name__.split(".")[0] in ASKING,
         detaches=func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default),
     )
 

@@ -68,6 +68,15 @@ class Lines:
         return None, region
 
 
+def inside(frame: FrameType | None, region: str) -> bool:
+    """Whether a region of torch is anywhere above a frame."""
+    while frame is not None:
+        if _REGIONS.get(frame.f_code.co_filename) == region:
+            return True
+        frame = frame.f_back
+    return False
+
+
 @functools.lru_cache(maxsize=65536)
 def source_of(code_file: str, line: int, function: str) -> Source:
     """A Source with the text of its line. The file is named relative to the working folder where that is shorter."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import torch
 
 from kiem.errors import ConfigError
 from kiem.grad.check import Verdict, check
-from kiem.grad.graph import BackwardCall, Graph, Op, Step
+from kiem.grad.graph import BackwardCall, Graph, Op, Source, Step
 from kiem.grad.judge import InputVerdict
 from kiem.grad.whole import whole_verdicts
 
@@ -66,16 +67,32 @@ class Verifier:
         self._leaves: dict[tuple[int, int], torch.Tensor] = {}
         self._roots: dict[tuple[int, tuple], torch.Tensor] = {}
         self._done: set[int] = set()
+        self._passes: Counter[int] = Counter()  # steps that did the same
+        self._outer: BackwardCall | None = None  # that is under way
+        self._skip = False
+        self._left_out: Counter[Source] = Counter()
 
     def node_ran(self, recorder: Recorder, step: Step, op: Op | None, node, into: tuple, out: tuple) -> None:
         """Check the node at once: what its backward saved is as it was."""
-        if op is not None and recorder.folder.passes(op.index) > PASSES:
-            self._done.add(op.index)
-            self._note(f"Of steps that repeat only the first few were checked (the loop at {op.source}).")
+        if self._skips(recorder, recorder.backward.current):
+            if op is not None:
+                self._done.add(op.index)
             return
         began = time.perf_counter()
         self.add(recorder, recorder.backward.current, step, op, into, out)
         self.result.seconds += time.perf_counter() - began
+
+    def _skips(self, recorder: Recorder, call: BackwardCall) -> bool:
+        """Whether a call is left out: of steps that do the same, the first three, the fourth, the eighth, the 16th and
+        so on are checked. A call inside another one goes with it."""
+        if call is not self._outer and not call.nested:
+            sign = recorder.folder.sign()
+            self._passes[sign] += 1
+            count = self._passes[sign]
+            self._outer, self._skip = call, count > PASSES and count & (count - 1) != 0
+            if self._skip:
+                self._left_out[call.source] += 1
+        return self._skip
 
     def add(self, recorder: Recorder, call: BackwardCall, step: Step, op: Op | None, into: tuple, out: tuple) -> None:
         """Check one node of a call."""
@@ -100,7 +117,7 @@ class Verifier:
 
     def backward_ended(self, recorder: Recorder, call: BackwardCall) -> None:
         """Check whole gradients; let go of what is no longer needed."""
-        if self._end_to_end and not recorder.folder.repeats_now():
+        if self._end_to_end and not self._skips(recorder, call):
             began = time.perf_counter()
             self.end(recorder, call)
             self.result.seconds += time.perf_counter() - began
@@ -138,6 +155,27 @@ class Verifier:
                 parameters.append((call, result))
         self.result.verdicts, self.result.parameters = kept, parameters
         self._done = {op for op in self._done if op < start[0]}
+
+    def dropped(self, start: tuple[int, int, int]) -> bool:
+        """Whether nothing was wrong in the last step, which leaves the graph then."""
+        if any(v.op >= start[0] and v.verdict == "wrong" for v in self.result.verdicts):
+            return False
+        if any(call >= start[2] and v.verdict == "wrong" for call, v in self.result.parameters):
+            return False
+        self.result.verdicts = [v for v in self.result.verdicts if v.op < start[0]]
+        self.result.parameters = [(call, v) for call, v in self.result.parameters if call < start[2]]
+        self._done = {op for op in self._done if op < start[0]}
+        return True
+
+    def ended(self) -> Result:
+        """The result, with a note on what was left out."""
+        for line, count in self._left_out.items():
+            self._note(
+                f"Of the steps up to {line} that do the same, the first {PASSES}, the 4th, 8th, 16th and so on were "
+                f"checked; {count:,} were not."
+            )
+        self._left_out.clear()
+        return self.result
 
     def _note(self, note: str) -> None:
         if note not in self.result.notes:

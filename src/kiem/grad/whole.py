@@ -7,11 +7,15 @@ import time
 
 import torch
 
-from kiem.grad.graph import BackwardCall, Graph
-from kiem.grad.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge
+from kiem.grad import rules
+from kiem.grad.check import surrogate, without_padding
+from kiem.grad.graph import BackwardCall, Graph, Op
+from kiem.grad.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge, usual_size
+from kiem.grad.layouts import at_elements, elements, regular, with_elements
 from kiem.grad.numeric import derivative
 from kiem.grad.replay import CannotReplay, Replay, Tensors, leading_to, widen
 
+MOST_CUTS = 6  # told of in notes
 SECONDS = 20.0  # for numeric derivatives of single leaves; all of them together are always differentiated
 
 
@@ -25,26 +29,32 @@ def whole_verdicts(
     reached = [step.op for step in call.steps if step.op is not None]
     try:
         return _Whole(graph, call, recorded, leaves, roots, min(reached, default=0)).verdicts()
-    except (CannotReplay, RuntimeError, NotImplementedError) as reason:
-        text = str(reason).splitlines()[0][:160]
+    except Exception as reason:
+        text = str(reason).splitlines()[0][:160] if str(reason) else type(reason).__name__
         return [], [f"End to end not checked for the backward call at {call.source}: {text}"]
 
 
 class _Whole:
     def __init__(self, graph, call, recorded, leaves, roots, start):
-        self.graph, self.call, self.got = graph, call, leaves
+        self.graph, self.call, self.got, self.recorded = graph, call, leaves, recorded
         # What ran under no_grad is a constant.
         ran = (op for op in graph.ops[start : call.after_op] if op.grad_enabled or op.parent is not None)
         self.ops = leading_to(graph, ran, call.roots)
+        families = {op.parent for op in self.ops}
+        for op in self.ops:
+            if op.kind == "compiled" or (op.kind == "function" and op.index not in families):
+                raise CannotReplay(f"what happens inside {op.name} at {op.source} was not recorded")
+        self.closed = all(rules.find(op.name) is not None for op in self.ops if op.kind == "op" and op.edges)
         self.replay = Replay(graph, self.ops, recorded, cut=True)
         self.shown: dict[int, int] = {}  # value that an operation read -> the leaf that it shows
         for op in self.ops:
             for (_, value), edge in zip(op.inputs, op.edges, strict=False):
                 if edge and edge[0] == "leaf":
                     self.shown[value] = edge[1]
-        self.base = {v: widen(recorded[v]) for v, leaf in self.shown.items() if leaf in leaves and v in recorded}
-        first = {leaf: v for v, leaf in reversed(self.shown.items()) if v in self.base}
-        self.leaves = {leaf: self.base[v] for leaf, v in first.items()}
+        held = (v for v, leaf in self.shown.items() if leaf in leaves and v in recorded)
+        self.base = {v: elements(widen(recorded[v])) for v in held}
+        self.first = {leaf: v for v, leaf in reversed(self.shown.items()) if v in self.base}
+        self.leaves = {leaf: self.base[v] for leaf, v in self.first.items()}
         if not self.leaves:
             raise CannotReplay("what the leaves held was not kept")
         self.changes = any(op.mutates for op in self.ops)
@@ -59,7 +69,7 @@ class _Whole:
         for key in self.call.root_keys:
             if key not in roots:
                 raise CannotReplay("the gradient that it began with is not known")
-            found.append(widen(roots[key]))
+            found.append(elements(widen(roots[key])))
         return found
 
     def value(self, moves: Tensors, noise=None) -> list[torch.Tensor]:
@@ -70,8 +80,8 @@ class _Whole:
             given = {v: x.clone() for v, x in given.items()}
         if noise is not None:
             given = {v: self._shake(x) for v, x in given.items()}
-        tensors = self.replay.run(given, noise)
-        return [self.replay.find(v, tensors) for v in self.call.roots]
+        tensors = self.replay.run({v: with_elements(self.recorded[v], x) for v, x in given.items()}, noise)
+        return [elements(self.replay.find(v, tensors)) for v in self.call.roots]
 
     def _reproduces(self) -> None:
         with torch.no_grad():
@@ -84,7 +94,7 @@ class _Whole:
 
     def _sides(self, leaf: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradient a little to both sides of what the leaf holds."""
-        beside = 2.0**-20 * self._direction(self.leaves[leaf])
+        beside = 2.0**-20 * self._direction(leaf)
         return self.gradients(at={leaf: beside})[leaf], self.gradients(at={leaf: -beside})[leaf]
 
     def gradients(self, noise=None, at: Tensors | None = None) -> Tensors:
@@ -98,15 +108,20 @@ class _Whole:
                 self.value(moves, noise), list(moves.values()), self.cotangents, allow_unused=True
             )
         return {
-            leaf: torch.zeros_like(self.leaves[leaf]) if g is None else g for leaf, g in zip(moves, grads, strict=True)
+            leaf: torch.zeros_like(x) if g is None else at_elements(g, x)
+            for (leaf, x), g in zip(moves.items(), grads, strict=True)
         }
 
     def _shake(self, x: torch.Tensor) -> torch.Tensor:
         return x * (1 + NOISE * self.random.like(x))
 
     def _shake_saved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As roundings would, forward and backward."""
+        if regular(tensor) and tensor.requires_grad:
+            tensor.register_hook(lambda grad: None if grad is None else self.random.shaken(grad))
         if tensor.is_floating_point():
-            tensor.data.copy_(self.random.shaken(tensor.data))
+            held = elements(tensor.data)
+            held.copy_(self.random.shaken(held))
         return tensor
 
     def numeric(self, directions: Tensors):
@@ -123,23 +138,23 @@ class _Whole:
     def verdicts(self) -> tuple[list[InputVerdict], list[str]]:
         """Each leaf; first all of them along one direction, then each alone as long as there is time."""
         reference = self.gradients()
-        squares = {leaf: torch.zeros_like(x) for leaf, x in reference.items()}
+        squares = {leaf: torch.zeros_like(x, dtype=torch.float64) for leaf, x in reference.items()}
         for _ in range(REPEATS):
             for leaf, other in self.gradients(self._shake_saved).items():
-                squares[leaf] += ((other - reference[leaf]) / NOISE).square() / REPEATS
-        directions = {leaf: self._direction(x) for leaf, x in self.leaves.items()}
+                squares[leaf] += ((other - reference[leaf]).abs() / NOISE).square() / REPEATS
+        directions = {leaf: self._direction(leaf) for leaf in self.leaves}
         joint = self.numeric(directions)
         total = sum(inner(reference[leaf], d) for leaf, d in directions.items())
         slack = 1e-6 * sum(abs(inner(reference[leaf], d)) for leaf, d in directions.items()) + 4 * joint.error
         certified = joint.low - slack <= total <= joint.high + slack
         terms = max((size for op in self.ops for v in op.outputs for size in self.graph.values[v].shape), default=1)
-        hooked = {step.leaf for step in self.call.steps if step.changed_by_hook}
+        meant = self._meant()
         results, notes, began = [], [], time.perf_counter()
-        for leaf in self.leaves:
+        for leaf, first in self.first.items():
             value = self.graph.values[leaf]
             name = self.graph.title(leaf)
             result = InputVerdict(name, leaf, "ok", value.dtype, shape=value.shape, reference="end to end, in float64")
-            result.bound = 8 + 4 * terms**0.5
+            result.bound = 8 + 2 * len(self.ops) ** 0.5 + 4 * terms**0.5 * min(self.unit, 2.0**-23) / self.unit
             moved = squares[leaf].sqrt()
             single = time.perf_counter() - began < SECONDS
             number = self.numeric({leaf: directions[leaf]}) if single else joint
@@ -149,7 +164,7 @@ class _Whole:
                 number = type(joint)(joint.value - shift, joint.error, joint.low - shift, joint.high - shift)
             judge(
                 result,
-                widen(self.got[leaf]),
+                at_elements(widen(self.got[leaf]), self.recorded[first]),
                 reference[leaf],
                 moved,
                 self.unit,
@@ -157,10 +172,11 @@ class _Whole:
                 number,
                 lambda there, leaf=leaf: self.numeric({leaf: there}),
                 lambda leaf=leaf: self._sides(leaf),
+                self.closed,
             )
-            if leaf in hooked:
+            if leaf in meant:
                 result.verdict = "hook"
-                notes.append(f"{name}: a hook changes its gradient ({', '.join(value.hooks) or 'of a node'})")
+                notes.append(f"{name}: {meant[leaf]}")
             results.append(result)
         if not certified and not any(r.verdict == "wrong" for r in results):
             notes.append(
@@ -169,16 +185,62 @@ class _Whole:
         notes += self._cut()
         return results, notes
 
-    def _direction(self, x: torch.Tensor) -> torch.Tensor:
-        scale = float(x.square().mean().sqrt()) if x.numel() else 1.0
-        return self.random.like(x) * (scale or 1.0)
+    def _direction(self, leaf: int) -> torch.Tensor:
+        x = self.leaves[leaf]
+        direction = self.random.like(x) * usual_size(x)
+        for op in self.ops:
+            for name, value in op.inputs if op.label in ("embedding", "_embedding_bag") else ():
+                if self.shown.get(value) == leaf:
+                    direction = without_padding(op, name, direction)
+        return direction
+
+    def _meant(self) -> dict[int, str]:
+        """Leaves whose gradient is not meant to be the derivative: a hook is on its way, or a Function that says so."""
+        values, steps = self.graph.values, {step.key: step for step in self.call.steps}
+        found: dict[int, str] = {}
+        for start in self.call.steps:
+            op = None if start.op is None else self.graph.ops[start.op]
+            if start.changed_by_hook:
+                of = [start.leaf] if start.leaf is not None else op.outputs if op else ()
+                lines = [line for v in of for line in values[v].hooks]
+                what = f"a hook changes its gradient ({', '.join(lines) or f'on {start.node}'})"
+            elif op is not None and surrogate(op):
+                what = f"{op.name} at {op.source} says that its backward is no derivative"
+            else:
+                continue
+            if start.leaf is not None:
+                found.setdefault(start.leaf, what)
+            waiting, been = [start], set()
+            while waiting:
+                step = waiting.pop()
+                for edge in step.edges:
+                    if edge is not None and edge[0] == "leaf":
+                        found.setdefault(edge[1], what)
+                    elif edge is not None and edge[:1] not in been and edge[:1] in steps:
+                        been.add(edge[:1])
+                        waiting.append(steps[edge[:1]])
+        return found
+
+    def _made(self, value: int) -> Op | None:
+        """What made a tensor, or the one that it is a view of."""
+        known, ops = self.graph.values[value], self.graph.ops
+        while known.producer is not None and ops[known.producer].label != "detach" and known.base is not None:
+            known = self.graph.values[known.base]
+        return None if known.producer is None else ops[known.producer]
 
     def _cut(self) -> list[str]:
-        """Leaves that also reach the loss where no gradient flows: a choice, so said and not judged."""
-        storages = {self.graph.values[leaf].storage: leaf for leaf in self.leaves}
-        notes = []
+        """Where tensors with a gradient also reach the loss without one: a choice, so said and not judged."""
+        values, found = self.graph.values, {}
         for op in self.ops:
-            if op.label == "detach" and op.parent is None and self.graph.values[op.inputs[0][1]].storage in storages:
-                leaf = storages[self.graph.values[op.inputs[0][1]].storage]
-                notes.append(f"{self.graph.title(leaf)} is also used without gradient: detached at {op.source}")
-        return notes
+            for _, v in op.inputs if op.parent is None else ():
+                made = self._made(v)
+                cuts = made is not None and made.label == "detach" and made.parent is None and made.region != "backward"
+                if cuts and values[made.inputs[0][1]].requires_grad:
+                    found[made.inputs[0][1], made.source] = "detached"
+                base = values[v].base
+                apart = values[v].producer is None and base is not None and values[v].storage == values[base].storage
+                if apart and values[base].requires_grad and not values[v].requires_grad:
+                    found[base, op.source] = "read as .data"
+        title = self.graph.title
+        notes = [f"{title(v)} is also used without gradient: {how} at {at}" for (v, at), how in found.items()]
+        return notes[:MOST_CUTS] + ([f"{len(notes) - MOST_CUTS} more are detached"] if len(notes) > MOST_CUTS else [])

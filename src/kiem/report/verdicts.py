@@ -19,7 +19,7 @@ from kiem.grad.graph import Graph
 from kiem.grad.verify import Result
 
 MOST_ROWS = 30  # of parameters, before they are folded by module
-ORDER = ("wrong", "unchecked", "kink", "ok", "zero")  # how bad, in a row of several
+ORDER = ("wrong", "unchecked", "hook", "kink", "ok", "zero")  # how bad, in a row of several
 NUMBERS = ("runs", "gradients", "error", "bound")
 STYLES = {"wrong": "bold red", "unchecked": "yellow", "ok": "green"}
 

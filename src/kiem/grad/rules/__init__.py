@@ -3,6 +3,7 @@
 from kiem.grad.rules import (
     activations,
     attention,
+    complex_numbers,
     indexing,
     losses,
     matrix,
@@ -14,6 +15,8 @@ from kiem.grad.rules import (
 )
 from kiem.grad.rules.table import RULES, Call, Rule, find, formula, local_derivative, substituted
 
-PARTS = (pointwise, activations, reduce, matrix, shapes, indexing, network, losses, attention, recurrent)
+PARTS = (
+    pointwise, complex_numbers, activations, reduce, matrix, shapes, indexing, network, losses, attention, recurrent,
+)  # fmt: skip
 
 __all__ = ["PARTS", "RULES", "Call", "Rule", "find", "formula", "local_derivative", "substituted"]

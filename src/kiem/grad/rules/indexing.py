@@ -57,9 +57,9 @@ def scatter_add(c: Call, g: Tensor):
 )
 def scatter_reduce(c: Call, g: Tensor):
     dim, at, x, src, kind = c["dim"], c["index"], c["self"], c["src"], c["reduce"]
-    own = torch.ones_like(x) if c.get("include_self", True) else torch.ones_like(x).scatter(dim, at, 0.0)
     if kind == "prod":
-        return {}
+        raise KeyError("no closed form of a product")
+    own = torch.ones_like(x) if c.get("include_self", True) else torch.ones_like(x).scatter(dim, at, 0.0)
     if kind in ("sum", "mean"):
         mine, theirs = own, torch.ones_like(src)
     else:

@@ -51,6 +51,7 @@ def loss(*ops: str, forward: str, derivative: str, slope: Callable, kink: str = 
         forward=forward,
         symbols=XY | {"target": "t"} | symbols,
         kink=kink,
+        holomorphic=False,
         self=derivative,
         target=derivative.replace("g · ", "−g · "),
     )(vjp)
@@ -61,7 +62,7 @@ loss(
     "l1_loss",
     forward="y = mean of |x − t|",
     derivative="g · sign(x − t) / n",
-    slope=lambda c, d: d.sign(),
+    slope=lambda c, d: d.sgn(),
     kink="at x = t: 0",
 )
 loss(

@@ -38,18 +38,21 @@ def addmm(c: Call, g: Tensor):
     return {"self": beta * g, left: alpha * (g @ c[right].mT), right: alpha * (c[left].mT @ g)}
 
 
+@rule("dot", forward="y = Σ a · b", symbols={"self": "a", "tensor": "b", "0": "y"}, self="g · b", tensor="g · a")
+def dot(c: Call, g: Tensor):
+    return {"self": g * c["tensor"], "tensor": g * c["self"]}
+
+
 @rule(
-    "dot",
     "vdot",
-    forward="y = Σ a · b",
-    symbols={"self": "a", "tensor": "b", "other": "b", "0": "y"},
-    self="g · b",
-    tensor="g · a",
+    forward="y = Σ conj(a) · b",
+    symbols={"self": "a", "other": "b", "0": "y"},
+    holomorphic=False,
+    self="conj(g) · b",
     other="g · a",
 )
-def dot(c: Call, g: Tensor):
-    right = "tensor" if "tensor" in c.inputs else "other"
-    return {"self": g * c[right], right: g * c["self"]}
+def vdot(c: Call, g: Tensor):
+    return {"self": g.conj() * c["other"], "other": g * c["self"]}
 
 
 @rule("mv", forward="y = A b", symbols={"self": "A", "vec": "b", "0": "y"}, self="g bᵀ", vec="Aᵀ g")
@@ -204,11 +207,22 @@ def determinant(c: Call, g: Tensor):
     return {"A": (g * c.y)[..., None, None] * torch.linalg.inv(c["A"]).mT}
 
 
-@rule("_linalg_slogdet", forward="y₀, y₁ = sign, ln |det A|", symbols={"A": "A", "0": "y"}, every=True, A="g₁ · A⁻ᵀ")
+@rule(
+    "_linalg_slogdet",
+    forward="y₀, y₁ = sign, ln |det A|",
+    symbols={"A": "A", "0": "y"},
+    every=True,
+    holomorphic=False,
+    A="g₁ · A⁻ᵀ; complex A: (g₁ + i · the imaginary part of g₀ · conj(y₀)) · conj(A⁻ᵀ)",
+)
 def log_determinant(c: Call, gradients: tuple):
-    if gradients[1] is None:
-        return {"A": torch.zeros_like(c["A"])}
-    return {"A": gradients[1][..., None, None] * torch.linalg.inv(c["A"]).mT}
+    sign, logarithm, *rest = gradients
+    if any(g is not None for g in rest):
+        raise KeyError("no closed form for the factors")
+    g = torch.zeros_like(c.outputs[1]) if logarithm is None else logarithm
+    if sign is not None and sign.is_complex():
+        g = torch.complex(g, (sign * c.y.conj()).imag)
+    return {"A": g[..., None, None] * torch.linalg.inv(c["A"]).mH}
 
 
 @rule("_linalg_solve_ex", forward="A Y = B", symbols={"A": "A", "B": "B", "0": "Y"}, A="−A⁻ᵀ G Yᵀ", B="A⁻ᵀ G")
@@ -227,16 +241,17 @@ def solve(c: Call, g: Tensor):
     "linalg_cholesky_ex",
     forward="Y Yᵀ = A, Y lower triangular",
     symbols={"self": "A", "0": "Y"},
+    holomorphic=False,
     self="Y⁻ᵀ P Y⁻¹ made symmetric, P = lower half of Yᵀ G, its diagonal halved",
 )
 def cholesky(c: Call, g: Tensor):
-    """Murray 2016, arXiv:1602.07527."""
-    y = c.y.mT if c.get("upper", False) else c.y
-    p = (y.mT @ (g.mT if c.get("upper", False) else g)).tril()
+    """Murray 2016, arXiv:1602.07527. Of complex numbers every transpose is conjugated."""
+    y = c.y.mH if c.get("upper", False) else c.y
+    p = (y.mH @ (g.mH if c.get("upper", False) else g)).tril()
     p = p - torch.diag_embed(p.diagonal(dim1=-2, dim2=-1)) / 2
     inverse = torch.linalg.inv(y)
-    s = inverse.mT @ p @ inverse
-    return {"self": (s + s.mT) / 2}
+    s = inverse.mH @ p @ inverse
+    return {"self": (s + s.mH) / 2}
 
 
 @rule("linalg_cross", forward="y = a × b", symbols={"self": "a", "other": "b", "0": "y"}, self="b × g", other="g × a")

@@ -10,6 +10,7 @@ from kiem.grad.rules.table import Call, rule
 
 XY = {"self": "x", "0": "y"}
 NORM = {"input": "x", "weight": "w", "bias": "b", "0": "y"}
+MEAN, MAX = 1, 2  # of the modes of bags
 
 # -- softmax -----------------------------------------------------------------------------------------------------------
 
@@ -139,6 +140,31 @@ def embedding(c: Call, g: Tensor):
     if c.get("scale_grad_by_freq", False):
         g = g / rows.bincount(minlength=w.shape[0])[rows][:, None]
     return {"weight": torch.zeros_like(w).index_add(0, rows, g)}
+
+
+@rule(
+    "_embedding_bag",
+    forward="Y = per bag the sum, mean or largest of the rows of W at its indices, weighted by s",
+    symbols={"weight": "W", "per_sample_weights": "s", "0": "Y"},
+    weight="G of the bag · s (/ n for the mean) added at the rows, or at the largest; else 0",
+    per_sample_weights="Σ G of the bag · W[index]",
+    kink="several equal: the one at the index returned; the row at padding_idx: 0",
+)
+def embedding_bag(c: Call, g: Tensor):
+    """KeyError if the gradient is scaled by frequency, which is no derivative."""
+    if c.get("scale_grad_by_freq", False):
+        raise KeyError("no closed form of a scaled gradient")
+    w, rows, offsets = c["weight"], c["indices"], c["offsets"]
+    bag = torch.searchsorted(offsets, torch.arange(len(rows), dtype=offsets.dtype, device=g.device), right=True) - 1
+    kept = (rows != c.get("padding_idx", -1)).to(g.dtype)[:, None]
+    n = g.new_zeros(g.shape[0], 1).index_add(0, bag, kept)
+    if c.get("mode", 0) == MAX:
+        return {"weight": torch.zeros_like(w).scatter_add(0, c.outputs[3], torch.where(n > 0, g, 0.0))}
+    g = g[bag] * kept / (n[bag].clamp(min=1) if c.get("mode", 0) == MEAN else 1)
+    found = {"per_sample_weights": (g * w[rows]).sum(1)}
+    if c["per_sample_weights"] is not None:
+        g = g * c["per_sample_weights"][:, None]
+    return found | {"weight": torch.zeros_like(w).index_add(0, rows, g)}
 
 
 # -- pooling and resizing ----------------------------------------------------------------------------------------------

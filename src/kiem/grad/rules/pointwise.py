@@ -80,7 +80,7 @@ def pow_tensor(c: Call, g: Tensor):
     zero = torch.zeros_like(g)
     return {
         "self": torch.where(p == 0, zero, g * p * a ** (p - 1)),
-        "exponent": torch.where((a == 0) & (p >= 0), zero, g * c.y * a.log()),
+        "exponent": torch.where((a == 0) & (p.real >= 0), zero, g * c.y * a.log()),
     }
 
 
@@ -188,14 +188,27 @@ def xlogy(c: Call, g: Tensor):
 
 
 def function(
-    op: str, forward: str, derivative: str, factor: Callable[[Tensor, Tensor], Tensor], kink: str = ""
+    op: str,
+    forward: str,
+    derivative: str,
+    factor: Callable[[Tensor, Tensor], Tensor],
+    kink: str = "",
+    holomorphic: bool = True,
 ) -> None:
     """A row for y = f(x); factor(x, y) = f'(x)."""
 
     def vjp(c: Call, g: Tensor):
         return {"self": g * factor(c["self"], c.y)}
 
-    rule(op, forward=f"y = {forward}", symbols=XY, kink=kink, pointwise=True, self=derivative)(vjp)
+    rule(
+        op,
+        forward=f"y = {forward}",
+        symbols=XY,
+        kink=kink,
+        pointwise=True,
+        holomorphic=holomorphic,
+        self=derivative,
+    )(vjp)
 
 
 for row in (
@@ -221,7 +234,7 @@ for row in (
     ("cosh", "cosh(x)", "g · sinh(x)", lambda x, y: x.sinh()),
     ("tanh", "tanh(x)", "g · (1 − y²)", lambda x, y: 1 - y * y),
     ("asinh", "arsinh(x)", "g / √(x² + 1)", lambda x, y: (x * x + 1).rsqrt()),
-    ("acosh", "arcosh(x)", "g / √(x² − 1)", lambda x, y: (x * x - 1).rsqrt()),
+    ("acosh", "arcosh(x)", "g / √(x² − 1)", lambda x, y: (x - 1).rsqrt() * (x + 1).rsqrt()),
     ("atanh", "artanh(x)", "g / (1 − x²)", lambda x, y: 1 / (1 - x * x)),
     ("erf", "erf(x)", "g · 2 / √π · exp(−x²)", lambda x, y: 2 / math.sqrt(math.pi) * (-x * x).exp()),
     ("erfc", "1 − erf(x)", "−g · 2 / √π · exp(−x²)", lambda x, y: -2 / math.sqrt(math.pi) * (-x * x).exp()),
@@ -229,7 +242,7 @@ for row in (
     ("lgamma", "ln Γ(x)", "g · ψ(x)", lambda x, y: torch.digamma(x)),
     ("sigmoid", "σ(x) = 1 / (1 + exp(−x))", "g · y · (1 − y)", lambda x, y: y * (1 - y)),
     ("logit", "ln(x / (1 − x))", "g / (x · (1 − x))", lambda x, y: 1 / (x * (1 - x))),
-    ("abs", "|x|", "g · sign(x)", lambda x, y: x.sign(), "at x = 0: 0"),
+    ("abs", "|x|", "g · sign(x)", lambda x, y: x.sgn(), "at x = 0: 0", False),
     ("relu", "x if x > 0, else 0", "g if x > 0, else 0", lambda x, y: (x > 0).to(x.dtype), "at x = 0: 0"),
     ("silu", "x · σ(x)", "g · σ(x) · (1 + x · (1 − σ(x)))", lambda x, y: x.sigmoid() * (1 + x * (1 - x.sigmoid()))),
     ("mish", "x · t, t = tanh(ln(1 + exp(x)))", "g · (t + x · σ(x) · (1 − t²))", lambda x, y: mish(x)),
@@ -240,6 +253,7 @@ for row in (
     ("nan_to_num", "x where finite", "g if x is finite, else 0", lambda x, y: x.isfinite().to(x.dtype)),
     ("frac", "x − whole part of x", "g", lambda x, y: 1, "at whole numbers"),
     ("positive", "x", "g", lambda x, y: 1),
+    ("_neg_view", "−x", "−g", lambda x, y: -1),
 ):  # fmt: skip
     function(*row)
 

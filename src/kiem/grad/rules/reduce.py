@@ -122,12 +122,19 @@ def centred(c: Call) -> Tensor:
     return c["self"] - c["self"].mean(axes(c), keepdim=True) if c["self"].ndim else c["self"] * 0
 
 
-@rule("var", forward="y = Σ (x − x̄)² / (n − 1)", symbols=XY, self="g · 2 · (x − x̄) / (n − 1)")
+@rule("var", forward="y = Σ (x − x̄)² / (n − 1)", symbols=XY, self="g · 2 · (x − x̄) / (n − 1)", holomorphic=False)
 def var(c: Call, g: Tensor):
     return {"self": spread(g, c) * 2 * centred(c) / (count(c) - correction(c))}
 
 
-@rule("std", forward="y = √(Σ (x − x̄)² / (n − 1))", symbols=XY, self="g · (x − x̄) / (y · (n − 1))", kink="y = 0: 0")
+@rule(
+    "std",
+    forward="y = √(Σ (x − x̄)² / (n − 1))",
+    symbols=XY,
+    self="g · (x − x̄) / (y · (n − 1))",
+    kink="y = 0: 0",
+    holomorphic=False,
+)
 def std(c: Call, g: Tensor):
     scaled = spread(torch.where(c.y == 0, 0.0, g / c.y), c)
     return {"self": scaled * centred(c) / (count(c) - correction(c))}
@@ -138,6 +145,7 @@ def std(c: Call, g: Tensor):
     forward="y₀, y₁ = variance, mean of x",
     symbols=XY,
     every=True,
+    holomorphic=False,
     self="g₀ · 2 · (x − x̄) / (n − 1) + g₁ / n",
 )
 def var_mean(c: Call, gradients: tuple):
@@ -149,6 +157,7 @@ def var_mean(c: Call, gradients: tuple):
     forward="y₀, y₁ = standard deviation, mean of x",
     symbols=XY,
     every=True,
+    holomorphic=False,
     self="g₀ · (x − x̄) / (y₀ · (n − 1)) + g₁ / n",
 )
 def std_mean(c: Call, gradients: tuple):
@@ -221,16 +230,17 @@ def logcumsumexp(c: Call, g: Tensor):
     symbols=XY,
     self="g · x · |x|^(p − 2) / y^(p − 1)",
     kink="at y = 0: 0; p = ∞: equal parts of g to the largest |x|",
+    holomorphic=False,
 )
 def norm(c: Call, g: Tensor):
     x, p = c["self"], c["ord"] if c["ord"] is not None else c.get("p", 2)
     y, g = spread(c.y, c), spread(g, c)
     if math.isinf(p):
         chosen = (x.abs() == y).to(g.dtype)
-        return {"self": g * x.sign() * chosen / (chosen.sum(axes(c), keepdim=True) if x.ndim else chosen)}
+        return {"self": g * x.sgn() * chosen / (chosen.sum(axes(c), keepdim=True) if x.ndim else chosen)}
     if p == 0:
         return {"self": torch.zeros_like(x)}
-    slope = x.sign() if p == 1 else x / y if p == 2 else x.sign() * (x.abs() / y) ** (p - 1)
+    slope = x.sgn() if p == 1 else x / y if p == 2 else x.sgn() * (x.abs() / y) ** (p - 1)
     return {"self": g * torch.where(y == 0, 0.0, slope)}
 
 

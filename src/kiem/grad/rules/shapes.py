@@ -37,6 +37,8 @@ def reshaped(c: Call, g: Tensor):
     "_to_copy",
     "to",
     "lift_fresh",
+    "resolve_conj",
+    "resolve_neg",
     forward="y = x",
     symbols=XY,
     pointwise=True,

@@ -46,7 +46,8 @@ class Call:
         return self.outputs[0]
 
 
-# (call, gradient of each output or None) -> gradient by input name, in the input's shape. No entry: no closed form.
+# (call, gradient of each output or None) -> gradient by input name, in the input's shape. No entry: zero.
+# KeyError: no closed form for this call.
 Vjp = Callable[[Call, tuple[Tensor | None, ...]], dict[str, Tensor]]
 
 
@@ -57,7 +58,8 @@ class Rule:
     `; with q: ` stands what holds instead if q is given; `formula` chooses.
     `symbols`: what the letters of the formulas stand for: argument name -> letter, `0` -> output 0.
     `kink`: where the derivative has a choice, in words; empty if nowhere.
-    `pointwise`: y[i] depends on no x[j] but x[i]."""
+    `pointwise`: y[i] depends on no x[j] but x[i].
+    `holomorphic`: of complex numbers the formulas hold with all but g conjugated."""
 
     ops: tuple[str, ...]
     forward: str
@@ -66,6 +68,7 @@ class Rule:
     symbols: dict[str, str]
     kink: str = ""
     pointwise: bool = False
+    holomorphic: bool = True
 
 
 RULES: dict[str, Rule] = {}
@@ -78,24 +81,29 @@ def rule(
     kink: str = "",
     pointwise: bool = False,
     every: bool = False,
+    holomorphic: bool = True,
     **derivatives: str,
 ) -> Callable[[Callable], Callable]:
     """Register a row for the operations named (`mul.Tensor`, or `mul` for every overload and the in-place `mul_`).
 
     The function decorated is given the call and the gradient of output 0 (`every`: those of all outputs, some None).
     What it returns is summed over broadcast axes; entries for what is no floating-point tensor are dropped.
+    The gradient of a complex z is ∂L/∂x + i · ∂L/∂y. A holomorphic row gives g · f'(z) with g conjugated before and the
+    result after, g · conj(f'(z)); any other sees to complex numbers itself.
     """
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
         def vjp(call: Call, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
-            if every and all(g is None for g in gradients):
+            if all(g is None for g in gradients):
                 return {}
-            if not every and (gradients[0] is None or any(g is not None for g in gradients[1:])):
-                return {}  # the row knows only what output 0 does
-            found = function(call, gradients if every else gradients[0])
+            if not every and any(g is not None for g in gradients[1:]):
+                raise KeyError("no closed form for outputs other than the first")
+            turn = torch.conj_physical if holomorphic else _as_it_is
+            turned = tuple(None if g is None else turn(g) for g in gradients)
+            found = function(call, turned if every else turned[0])
             return {
-                name: unbroadcast(g, call.inputs[name]).to(call.inputs[name].dtype)
+                name: fitted(turn(g), call.inputs[name])
                 for name, g in found.items()
                 if name in call.inputs and (call.inputs[name].is_floating_point() or call.inputs[name].is_complex())
             }
@@ -103,7 +111,7 @@ def rule(
         for op in ops:
             if op in RULES:
                 raise ValueError(f"two rows for {op}")
-            RULES[op] = Rule(ops, forward, derivatives, vjp, symbols, kink, pointwise)
+            RULES[op] = Rule(ops, forward, derivatives, vjp, symbols, kink, pointwise, holomorphic)
         return function
 
     return register
@@ -128,9 +136,18 @@ def find_key(name: str) -> str | None:
     return None
 
 
-def unbroadcast(gradient: Tensor, like: Tensor) -> Tensor:
-    """Sum the gradient over what broadcasting repeated, to the shape of `like`."""
-    return gradient.sum_to_size(like.shape) if gradient.shape != like.shape else gradient
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def fitted(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient in the shape, type and place of `like`: summed over what broadcasting repeated, and real for a real
+    number that met complex ones."""
+    if gradient.shape != like.shape:
+        gradient = gradient.sum_to_size(like.shape)
+    if gradient.is_complex() and not like.is_complex():
+        gradient = gradient.real
+    return gradient.to(like.device, like.dtype)
 
 
 # -- for people --------------------------------------------------------------------------------------------------------
@@ -177,13 +194,17 @@ def formula(rule: Rule, call: Call, argument: str | None = None) -> str:
         text = text.replace("mean of ", "Σ " if call["reduction"] == 2 else "").replace(" / n", "")
     if argument is not None and _scalar(call["self"]) is not None:
         text = text.replace(" / n", "")
+    if argument is not None and rule.holomorphic and _is_complex(call):
+        turned = set(_WORD.findall(text)) & set(rule.symbols.values())
+        return f"{text}, all but g conjugated" if turned else text
     return text
 
 
 def local_derivative(rule: Rule, call: Call, argument: str) -> Tensor | None:
-    """dy/dx of each element, in the argument's shape. None unless the operation is pointwise or both are scalars."""
+    """dy/dx of each element, in the argument's shape. None unless the operation is pointwise or both are scalars, and
+    for complex numbers."""
     x = call.inputs.get(argument)
-    if x is None or not call.outputs:
+    if x is None or not call.outputs or _is_complex(call):
         return None
     y = call.outputs[0]
     if not (x.numel() == y.numel() == 1 or (rule.pointwise and x.shape == y.shape)):
@@ -221,6 +242,10 @@ def substituted(rule: Rule, call: Call, argument: str, g: Tensor | float | None 
         return number if bare else f"({number})"
 
     return _WORD.sub(write, text)
+
+
+def _is_complex(call: Call) -> bool:
+    return any(t.is_complex() for t in (*call.inputs.values(), *call.outputs))
 
 
 def _bare(argument: str) -> str:
