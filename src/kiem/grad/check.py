@@ -16,20 +16,15 @@ import torch
 from torch import Tensor
 
 from kiem.grad import rules
+from kiem.grad.directions import direction
 from kiem.grad.graph import BackwardCall, Graph, Op, Step
-from kiem.grad.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge, usual_size
+from kiem.grad.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge
 from kiem.grad.layouts import at_elements, can_be_written_out, elements, regular, with_elements, written_out
 from kiem.grad.numeric import Derivative, derivative
 from kiem.grad.replay import CannotReplay, Replay, Tensors, flatten, leading_to, widen, with_tensors
 
-# Arguments of which an operation reads one triangle, or which are logarithms of probabilities that sum to 1: their
-# gradient is only meant along such directions.
-STRUCTURE = {
-    ("_ctc_loss", "log_probs"): "normalised",
-    ("linalg_cholesky_ex", "self"): "symmetric", ("cholesky", "self"): "symmetric", ("_linalg_eigh", "A"): "symmetric",
-    ("cholesky_solve", "input2"): "triangular", ("cholesky_inverse", "self"): "triangular",
-    ("linalg_solve_triangular", "self"): "triangular", ("triangular_solve", "A"): "triangular",
-}  # fmt: skip
+# On an accelerator these sum in the type itself, one element after the other.
+ATOMIC = {"index_add", "scatter_add", "index_put", "gather", "index_select", "index"}
 
 
 @dataclass(slots=True)
@@ -94,14 +89,6 @@ def surrogate(op: Op) -> bool:
     """Whether a custom Function says, by its attribute `surrogate_gradient = True`, that its backward is meant to be
     something else than its derivative (straight-through estimators, reversed gradients)."""
     return op.kind == "function" and op.call is not None and getattr(op.call[0], "surrogate_gradient", False) is True
-
-
-def without_padding(op: Op, argument: str, direction: Tensor) -> Tensor:
-    """An embedding reads the row of its padding, but by definition passes no gradient to it."""
-    padding = op.attributes.get("padding_idx", -1)
-    if op.label in ("embedding", "_embedding_bag") and argument.startswith("weight") and padding >= 0:
-        direction[padding] = 0
-    return direction
 
 
 def inside(graph: Graph, op: Op):
@@ -211,24 +198,14 @@ class _Check:
         types = {
             self.graph.values[v].dtype for o in [self.op, *family] for v in (*o.outputs, *(v for _, v in o.inputs))
         }
-        return max((torch.finfo(t).eps for t in types if t.is_floating_point or t.is_complex), default=2**-52)
+        units = [torch.finfo(t).eps for t in types if t.is_floating_point or t.is_complex]
+        return max([2**-52, *units, *(o.unit for o in family)])
 
     # -- (b) -----------------------------------------------------------------------------------------------------------
 
     def direction(self, value: int) -> Tensor:
-        """Random, of the size of what it is added to, and of its structure where the operation reads only part of
-        it."""
-        x = self.inputs[value]
-        random = self.random.like(x)
-        random *= usual_size(x)
-        structure = STRUCTURE.get((self.op.label, self.names.get(value, "")))
-        if structure == "symmetric":
-            return (random + random.mT.conj()) / 2
-        if structure == "triangular":
-            return random.triu() if self.op.attributes.get("upper") else random.tril()
-        if structure == "normalised":
-            return random - (x.exp() * random).sum(-1, keepdim=True)
-        return without_padding(self.op, self.names.get(value, ""), random)
+        """Random, of the size of the input."""
+        return direction(self.op, self.names.get(value, ""), self.inputs[value], self.random)
 
     def numeric(self, directions: Tensors) -> Derivative:
         """The derivative of Σ g·y along directions of some inputs."""
@@ -362,6 +339,8 @@ class _Check:
             shapes.append((self.outputs[0].numel() // max(self.outputs[0].shape[1], 1),))
         terms = max([1, *(size for shape in shapes for size in shape), *(math.prod(s) // numel for s in shapes)])
         accumulated = min(unit, 2.0**-23) / unit
+        if self.op.label.rstrip("_") in ATOMIC and self.inputs[value].device.type != "cpu":
+            accumulated = 1.0
         return 8 + terms / 4 * accumulated
 
     def _one(self, value: int, reference: Tensor | None, moved: Tensor | None) -> InputVerdict:

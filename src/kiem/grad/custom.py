@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,30 +38,14 @@ def wrap_functions(recorder: Recorder) -> Callable[[], None]:
 
 def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
     frame, region = recorder.lines.find(sys._getframe(2))
-    with recorder.pause():
+    op, tensors = None, []
+    with recorder.pause(), recorder.looking(cls.__name__, frame):
         recorder.table.name_locals(frame)
-        # torch.compile's, and torch.cond, scan and their like, which it compiles.
-        compiled = cls.__module__.startswith(("torch._functorch", "torch._higher_order_ops"))
-        names = [f"input{i}" for i in range(len(args))] if compiled else _argument_names(cls, len(args))
-        tensors = [(name, a) for name, a in zip(names, args, strict=True) if isinstance(a, torch.Tensor)]
-        inputs = tuple((name, recorder.table.of(t)) for name, t in tensors)
-        edges = tuple(recorder.table.edge(t, v) for (_, t), (_, v) in zip(tensors, inputs, strict=True))
-        recorder.keep_inputs(tensors, inputs)
-        versions = [recorder.table.storage_of(t).version for _, t in tensors]
-        path, kind = recorder.modules.current
-        parent = recorder.local.parents[-1] if recorder.local.parents else None
-        again, packed = source.saving(None if parent is None else recorder.graph.ops[parent])
-        op = Op(
-            index=len(recorder.graph.ops), name=cls.__name__, kind="compiled" if compiled else "function",
-            inputs=inputs,
-            outputs=(), attributes={n: a for n, a in zip(names, args, strict=True) if not isinstance(a, torch.Tensor)},
-            source=source.at(frame), module=path, module_class=kind,
-            parent=parent, region="recomputed" if recorder.backward.running else again or region, packed=packed,
-            grad_enabled=torch.is_grad_enabled(),
-            edges=edges if torch.is_grad_enabled() and any(edges) else (), backward_source=_defined(cls),
-            call=(cls, recorder.template(args), recorder.template(kwargs)),
-        )  # fmt: skip
+        op, tensors = _operation(recorder, cls, args, kwargs, frame, region)
+        versions = [recorder.table.storage_of(t).version for t in tensors]
         recorder.graph.ops.append(op)
+    if op is None:
+        return apply(cls, *args, **kwargs)
     recorder.local.parents.append(op.index)
     try:
         out = apply(cls, *args, **kwargs)
@@ -70,10 +54,10 @@ def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
         raise
     finally:
         recorder.local.parents.pop()
-    with recorder.pause():
+    with recorder.pause(), recorder.looking(cls.__name__, frame):
         changed = [
             v
-            for (_, t), (_, v), n in zip(tensors, inputs, versions, strict=True)
+            for t, (_, v), n in zip(tensors, op.inputs, versions, strict=True)
             if recorder.table.storage_of(t).version != n
         ]
         op.mutates = tuple(changed)
@@ -85,6 +69,41 @@ def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
                 recorder.by_sequence.setdefault(number, []).insert(0, op.index)
                 break
     return out
+
+
+def _operation(recorder: Recorder, cls, args: tuple, kwargs: dict, frame, region: str) -> tuple[Op, list[torch.Tensor]]:
+    """What is known of a call before it runs, and its tensors."""
+    # torch.compile's, and torch.cond, scan and their like, which it compiles.
+    compiled = cls.__module__.startswith(("torch._functorch", "torch._higher_order_ops"))
+    registered = _registered(cls)
+    names = [f"input{i}" for i in range(len(args))] if compiled else _argument_names(cls, registered, len(args))
+    named = [(name, a) for name, a in zip(names, args, strict=True) if isinstance(a, torch.Tensor)]
+    inputs = tuple((name, recorder.table.of(t)) for name, t in named)
+    edges = tuple(recorder.table.edge(t, v) for (_, t), (_, v) in zip(named, inputs, strict=True))
+    recorder.keep_inputs(named, inputs)
+    path, kind = recorder.modules.current
+    parent = recorder.local.parents[-1] if recorder.local.parents else None
+    again, packed = source.saving(None if parent is None else recorder.graph.ops[parent])
+    op = Op(
+        index=len(recorder.graph.ops), name=registered["op"]._schema.name if registered else cls.__name__,
+        kind="compiled" if compiled else "function", inputs=inputs, outputs=(),
+        attributes={n: a for n, a in zip(names, args, strict=True) if not isinstance(a, torch.Tensor)},
+        source=source.at(frame), module=path, module_class=kind, parent=parent,
+        region="recomputed" if recorder.backward.running else again or region, packed=packed,
+        grad_enabled=torch.is_grad_enabled(), edges=edges if torch.is_grad_enabled() and any(edges) else (),
+        backward_source=None if compiled else _defined(registered["info"]._backward_fn if registered else cls.backward),
+        call=(cls, recorder.template(args), recorder.template(kwargs)),
+    )  # fmt: skip
+    return op, [t for _, t in named]
+
+
+def _registered(cls) -> dict[str, Any]:
+    """Of the Function that torch.library makes of an operation with `register_autograd`: the operation and what was
+    registered; else nothing."""
+    if not cls.__name__.startswith("GeneratedBackwardFor"):
+        return {}
+    known = inspect.getclosurevars(cls.forward).nonlocals
+    return known if {"op", "info"} <= set(known) else {}
 
 
 def _outputs(recorder: Recorder, op: Op, out):
@@ -99,7 +118,10 @@ def _outputs(recorder: Recorder, op: Op, out):
         yield value.index
 
 
-def _argument_names(cls, count: int) -> list[str]:
+def _argument_names(cls, registered: dict[str, Any], count: int) -> list[str]:
+    if registered:
+        positional = [a.name for a in registered["op"]._schema.arguments if not a.kwarg_only]
+        return [*positional[: count - 1], "metadata"]
     try:
         parameters = list(inspect.signature(cls.forward).parameters.values())
     except (TypeError, ValueError):
@@ -112,9 +134,8 @@ def _argument_names(cls, count: int) -> list[str]:
     return names[:count]
 
 
-def _defined(cls) -> Source | None:
-    backward = cls.__dict__.get("backward") or getattr(cls, "backward", None)
-    code = getattr(getattr(backward, "__func__", backward), "__code__", None)
+def _defined(backward) -> Source | None:
+    code = getattr(inspect.unwrap(getattr(backward, "__func__", backward)), "__code__", None)
     if code is None:
         return None
     _, line = inspect.getsourcelines(code) if _readable(code) else (None, code.co_firstlineno)

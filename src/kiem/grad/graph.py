@@ -121,6 +121,7 @@ class Op:
     rng_state: torch.Tensor | None = None  # the generator's, just before
     node: str = ""  # autograd's name of its backward; empty: nothing to differentiate
     sequence: int | None = None
+    unit: float = 0.0  # it rounds the factors of its products to this, relative, whatever its types
     edges: tuple[tuple, ...] = ()  # where the gradient of each input goes: ("leaf", value) or (sequence, output)
     error: str = ""  # it raised this
     backward_source: Source | None = None  # of a custom Function: where its backward is defined
@@ -281,8 +282,7 @@ def _statistics(values: torch.Tensor) -> Stats:
         values = values.as_strided((values.numel(),), (1,))  # the order does not matter, its memory does
     if not values.is_floating_point() or values.dtype.itemsize < 4:
         values = values.float() if values.dtype.itemsize < 8 else values.double()
-    low, high = (number.item() for number in torch.aminmax(values))
-    norm, mean = _norm(values), values.mean().item()
+    low, high, norm, mean = _numbers(*torch.aminmax(values), _norm(values), values.mean())
     if norm - norm == 0.0 and high - low == high - low:
         return Stats(norm, mean, low, high, 0)
     finite = values[torch.isfinite(values)]
@@ -293,15 +293,22 @@ def _statistics(values: torch.Tensor) -> Stats:
     return Stats(norm, finite.mean().item(), finite.min().item(), finite.max().item(), bad)
 
 
-def _norm(values: torch.Tensor) -> float:
+def _numbers(*scalars: torch.Tensor) -> list[float]:
+    """Their values; of those on an accelerator with one wait for it."""
+    if scalars[0].device.type == "cpu":
+        return [scalar.item() for scalar in scalars]
+    return torch.stack([scalar.double() for scalar in scalars]).tolist()
+
+
+def _norm(values: torch.Tensor) -> torch.Tensor:
     """Euclidean; of a large tensor by parts, as torch's sum of squares in float32 is off by 0.2 % at 40M elements."""
     if values.numel() < 1 << 16 or not values.is_contiguous():
-        return torch.linalg.vector_norm(values, dtype=torch.float64).item()
+        return torch.linalg.vector_norm(values, dtype=torch.float64)
     flat, part = values.reshape(-1), 4096
     whole = flat.numel() // part * part
     parts = torch.linalg.vector_norm(flat[:whole].view(-1, part), dim=1).double()
     rest = torch.linalg.vector_norm(flat[whole:].double())
-    return torch.hypot(torch.linalg.vector_norm(parts), rest).item()
+    return torch.hypot(torch.linalg.vector_norm(parts), rest)
 
 
 def _dense(tensor: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 COMPRESSED = (torch.sparse_csr, torch.sparse_bsr, torch.sparse_csc, torch.sparse_bsc)
+WITHOUT_FLOAT64 = {"mps"}  # devices
 DENSE = 1 << 24  # a sparse tensor of at most so many elements may be written out
 
 
@@ -120,6 +121,8 @@ def readable(tensor: Tensor) -> Tensor | None:
     if is_lazy(tensor) or (tensor.is_nested and tensor.layout == torch.strided):
         return None
     values = elements(tensor.detach())
+    if values.device.type in WITHOUT_FLOAT64:
+        values = values.cpu()
     return values.dequantize() if values.is_quantized else values
 
 

@@ -26,8 +26,9 @@ from kiem.grad.custom import wrap_functions
 from kiem.grad.fold import Folder
 from kiem.grad.graph import Failure, Graph, Op, Ref, Source, small_data, statistics
 from kiem.grad.kept import Kept
+from kiem.grad.precision import unit_of_products
 from kiem.grad.replay import flatten
-from kiem.grad.schema import Signature, generator_state, signature
+from kiem.grad.schema import Signature, arrived, generator_state, signature
 from kiem.grad.threads import Local, Numbers
 from kiem.grad.values import ValueTable
 
@@ -103,6 +104,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            self._note_once("What is captured in a CUDA graph cannot be looked at: it is not recorded.")
+            return func(*args, **(kwargs or {}))
         if self.local.paused or len(self.graph.ops) >= MAX_OPS or not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)  # among them the higher-order operations, whose inside reaches us by itself
         sign = signature(func)
@@ -140,6 +144,7 @@ class Recorder(TorchDispatchMode):
             raise
         if op is not None:
             with self.looking(str(func), frame):
+                arrived(sign, args, kwargs, out)
                 if op.edges and number > 0:
                     op.sequence = self.numbers.number(number - 1)
                     self.by_sequence.setdefault(number - 1, []).append(op.index)
@@ -200,7 +205,9 @@ class Recorder(TorchDispatchMode):
         )  # fmt: skip
         if self.backward.running:
             op.region = "backward" if sign.detaches and self._in_custom_backward() else "recomputed"
-        if sign.random and op.attributes.get("dropout_p", 1.0) != 0.0:
+        if any(t.dtype == torch.float32 for _, t in tensors):
+            op.unit = unit_of_products(op.label, tensors[0][1].device.type)
+        if sign.random and op.attributes.get("dropout_p", op.attributes.get("dropout", 1.0)) != 0.0:
             op.random, op.rng_state = True, generator_state(tensors, kwargs)
         written = sign.written(args, kwargs)
         if edges and written and written[0][1]._is_view():
@@ -234,7 +241,9 @@ class Recorder(TorchDispatchMode):
     def failed(self, what: str, where: Source, error: Exception) -> None:
         """Note what could not be recorded."""
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        note = f"{what} at {where} could not be recorded: {reason}"
+        self._note_once(f"{what} at {where} could not be recorded: {reason}")
+
+    def _note_once(self, note: str) -> None:
         if note not in self.graph.notes:
             self.graph.notes.append(note)
 

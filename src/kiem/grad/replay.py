@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from kiem.grad.graph import Graph, Op, Ref
-from kiem.grad.written_out import WRITTEN_OUT, without_out
+from kiem.grad.layouts import WITHOUT_FLOAT64
+from kiem.grad.written_out import WRITTEN_OUT, implementation, without_out
 
 # Their backward looks for the elements that equal the result: noise on the result would leave none.
 COMPARING = frozenset(
@@ -32,7 +33,9 @@ class CannotReplay(Exception):
 
 
 def widen(tensor: torch.Tensor) -> torch.Tensor:
-    """float64 or complex128; integers as they are."""
+    """float64 or complex128, on the CPU if its device has none; integers as they are."""
+    if tensor.device.type in WITHOUT_FLOAT64:
+        tensor = tensor.cpu()
     if tensor.is_complex():
         return tensor.to(torch.complex128)
     return tensor.double() if tensor.is_floating_point() else tensor
@@ -46,6 +49,8 @@ def with_tensors(value: Any, tensors: Tensors, wide: bool) -> Any:
         return tensors[value.value]
     if isinstance(value, torch.dtype) and wide:
         return torch.complex128 if value.is_complex else torch.float64 if value.is_floating_point else value
+    if isinstance(value, torch.device) and wide and value.type in WITHOUT_FLOAT64:
+        return torch.device("cpu")
     if isinstance(value, list | tuple):
         return type(value)(with_tensors(v, tensors, wide) for v in value)
     if isinstance(value, dict):
@@ -69,11 +74,15 @@ def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tu
         args = args[:2]
     if wide and op.label in NORMS_BACKWARD:
         args = _with_statistics(op, args, recorded)
+    if op.label == "_cudnn_rnn":  # its buffer holds copies of the weights as they were
+        args = (*args[:3], None, *args[4:])
     if wide and op.label in WRITTEN_OUT:
         func = WRITTEN_OUT[op.label]
     elif op.mutates:
         func, written = without_out(func)
         kwargs = {name: value for name, value in kwargs.items() if name not in written}
+    elif wide:
+        func = implementation(func)
     out = func(*args, **kwargs)
     outputs = tuple(out) if isinstance(out, list | tuple) else (out,)
     if op.mutates and not any(isinstance(o, torch.Tensor) for o in outputs):

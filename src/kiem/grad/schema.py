@@ -82,3 +82,11 @@ def generator_state(tensors: list[tuple[str, torch.Tensor]], kwargs: dict) -> to
     device = kwargs.get("device") or (tensors[0][1].device if tensors else torch.device("cpu"))
     device = torch.device(device)
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def arrived(sign: Signature, args: tuple, kwargs: dict, out: Any) -> None:
+    """Wait for a copy to the CPU that does not wait itself."""
+    if sign.bound(args, kwargs).get("non_blocking") and isinstance(out, torch.Tensor) and out.device.type == "cpu":
+        source = next((t for _, t in sign.tensors(args, kwargs) if t.device.type != "cpu"), None)
+        if source is not None:
+            torch.accelerator.synchronize(source.device)

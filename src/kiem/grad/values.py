@@ -136,10 +136,13 @@ class ValueTable:
         if op is not None and op.label == "detach":
             # Autograd took the result apart to save it and puts it back where it belongs: no gradient is cut off.
             op.name, op.call = "aten.alias.default", (torch.ops.aten.alias.default, *op.call[1:])
-        sequence = tensor.grad_fn._sequence_nr()
-        if op is not None and op.sequence is not None and op.sequence & LOW == sequence:
-            tensor.grad_fn.metadata[MADE_BY] = op  # whatever other threads call their nodes
-            return (op.sequence, tensor.output_nr)
+        sequence, shown = tensor.grad_fn._sequence_nr(), self.graph.values[value]
+        while op is not None:
+            if op.sequence is not None and op.sequence & LOW == sequence:
+                tensor.grad_fn.metadata[MADE_BY] = op  # whatever other threads call their nodes
+                return (op.sequence, tensor.output_nr)
+            shown = None if shown.base is None else self.graph.values[shown.base]
+            op = None if shown is None or shown.producer is None else self.graph.ops[shown.producer]
         return (self._numbers.number(sequence), tensor.output_nr)
 
     def leaf(self, tensor: torch.Tensor, value: int | None = None) -> int:

@@ -8,7 +8,8 @@ import time
 import torch
 
 from kiem.grad import rules
-from kiem.grad.check import surrogate, without_padding
+from kiem.grad.check import surrogate
+from kiem.grad.directions import without_padding
 from kiem.grad.graph import BackwardCall, Graph, Op
 from kiem.grad.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge, usual_size
 from kiem.grad.layouts import at_elements, elements, regular, with_elements
@@ -61,7 +62,8 @@ class _Whole:
         self.cotangents = self._cotangents(roots)
         self.random = Random(call.index)
         types = {graph.values[v].dtype for op in self.ops for v in op.outputs}
-        self.unit = max((torch.finfo(t).eps for t in types if t.is_floating_point), default=2.0**-52)
+        units = [torch.finfo(t).eps for t in types if t.is_floating_point or t.is_complex]
+        self.unit = max([2.0**-52, *units, *(op.unit for op in self.ops)])
         self._reproduces()
 
     def _cotangents(self, roots) -> list[torch.Tensor]:

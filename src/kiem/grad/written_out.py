@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import _maybe_get_opdef
 
 LSTM = 2  # among the modes of `mkldnn_rnn_layer`
 
@@ -60,6 +61,15 @@ WRITTEN_OUT: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "_scaled_dot_product_cudnn_attention": lambda q, k, v, attn_bias=None, compute_log_sumexp=False, dropout_p=0.0,
     is_causal=False, return_debug_mask=False, *, scale=None: attention(q, k, v, attn_bias, is_causal, scale),
 }  # fmt: skip
+
+
+def implementation(func: Any) -> Any:
+    """What computes an operation: of one that `torch.library.custom_op` made the function that it was made of, whose
+    derivative owes nothing to what was registered for it."""
+    if func.namespace in ("aten", "prims"):
+        return func
+    made = _maybe_get_opdef(func)
+    return func if made is None else made._init_fn
 
 
 @functools.lru_cache(maxsize=256)
