@@ -51,7 +51,10 @@ class BackwardHooks:
         original = torch.autograd._engine_run_backward
 
         def run(t_outputs, *args, **kwargs):
-            if self._recorder.local.paused or compiling() or not source.records_here(self._recorder):
+            if self._recorder.local.paused or compiling():
+                return original(t_outputs, *args, **kwargs)
+            if not source.records_here(self._recorder):
+                self._recorder.note("A backward call in another thread is not recorded.")
                 return original(t_outputs, *args, **kwargs)
             return self._run(original, t_outputs, args, kwargs)
 
@@ -96,6 +99,7 @@ class BackwardHooks:
         recorder, graph = self._recorder, self._recorder.graph
         roots = tuple(map(recorder.table.of, outputs))
         call = BackwardCall(len(graph.backwards), source.at(frame), len(graph.ops), roots, nested=self.running)
+        call.transformed = torch._C._are_functorch_transforms_active()
         call.root_keys = tuple(map(recorder.table.edge, outputs, roots))
         graph.backwards.append(call)
         return call

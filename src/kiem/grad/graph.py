@@ -171,6 +171,7 @@ class BackwardCall:
     steps: list[Step] = field(default_factory=list)
     nested: bool = False  # inside another one: a reentrant checkpoint
     retained: bool = False  # the graph may be run through again
+    transformed: bool = False  # by torch.func, which computes on tensors of its own
     partial: bool = False  # asked for the gradients of some inputs only
     leaf_grads: dict[int, Gradient] = field(default_factory=dict)  # what this call added to `.grad`, by value
 

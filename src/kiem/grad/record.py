@@ -93,8 +93,11 @@ class Recorder(TorchDispatchMode):
         self.modules.__exit__()
         for line, count in self.folder.dropped.items():
             self.graph.notes.append(f"{count:,} more steps up to {line} ran, each unlike the others: not kept.")
-        for line, count in self._unkept.items():
-            self.graph.notes.append(f"{count:,} more operations without gradient ran at {line}: not kept.")
+        if self._unkept:
+            (line, _), count = self._unkept.most_common(1)[0], self._unkept.total()
+            self.graph.notes.append(
+                f"{count:,} more operations without gradient ran at the same lines, most of them at {line}: not kept."
+            )
         if error is not None:
             self.graph.failure = Failure(
                 type(error).__name__, str(error), source.traceback_source(error, self.lines)
@@ -105,7 +108,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            self._note_once("What is captured in a CUDA graph cannot be looked at: it is not recorded.")
+            self.note("What is captured in a CUDA graph cannot be looked at: it is not recorded.")
             return func(*args, **(kwargs or {}))
         if self.local.paused or len(self.graph.ops) >= MAX_OPS or not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)  # among them the higher-order operations, whose inside reaches us by itself
@@ -174,7 +177,7 @@ class Recorder(TorchDispatchMode):
         self._without_gradient[place] += 1
         if self._without_gradient[place] <= WITHOUT_GRADIENT:
             return False
-        self._unkept[f"{frame.f_code.co_filename}:{frame.f_lineno}"] += 1
+        self._unkept[str(source.at(frame))] += 1
         return True
 
     def step_ended(self) -> None:
@@ -241,9 +244,10 @@ class Recorder(TorchDispatchMode):
     def failed(self, what: str, where: Source, error: Exception) -> None:
         """Note what could not be recorded."""
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        self._note_once(f"{what} at {where} could not be recorded: {reason}")
+        self.note(f"{what} at {where} could not be recorded: {reason}")
 
-    def _note_once(self, note: str) -> None:
+    def note(self, note: str) -> None:
+        """Say something once."""
         if note not in self.graph.notes:
             self.graph.notes.append(note)
 

@@ -67,6 +67,7 @@ class Verifier:
         self._leaves: dict[tuple[int, int], torch.Tensor] = {}
         self._roots: dict[tuple[int, tuple], torch.Tensor] = {}
         self._done: set[int] = set()
+        self._since: dict[int, int] = {}  # backward call that is under way -> verdicts when its last node had run
         self._passes: Counter[int] = Counter()  # steps that did the same
         self._outer: BackwardCall | None = None  # that is under way
         self._skip = False
@@ -103,17 +104,29 @@ class Verifier:
         for position, grad in enumerate(into):
             if grad is not None and (step.key[0], position) in call.root_keys:
                 self._roots[call.index, (step.key[0], position)] = grad
+        if call.transformed:
+            self._note(f"What torch.func differentiates, on tensors of its own, is not checked ({call.source}).")
+            return
         if op is None:
             self._note(f"{step.node}: made by no recorded operation; not checked by itself")
             return
         self._done.add(op.index)
         verdict = check_safely(recorder.graph, call, op, step, recorder.kept.tensors, into, out)
+        if verdict.verdict == "wrong" and op.kind == "function" and (inner := self._wrong_inside(call)) is not None:
+            name, place = recorder.graph.ops[inner.op].label, recorder.graph.ops[inner.op].source
+            verdict.verdict, verdict.text = "unchecked", f"its backward runs that of {name} at {place}, which is wrong"
         self.result.verdicts.append(verdict)
+        self._since[call.index] = len(self.result.verdicts)
         sources = {recorder.graph.ops[case.verdict.op].source for case in self.result.cases}
         if verdict.verdict == "wrong" and len(sources) < CASES and op.source not in sources:
             held = recorder.kept.tensors
             inputs = {v: held[v].clone() for v in {v for _, v in op.inputs} if v in held}
             self.result.cases.append(Case(verdict, inputs, tuple(None if g is None else g.clone() for g in into)))
+
+    def _wrong_inside(self, call: BackwardCall) -> Verdict | None:
+        """What was found wrong in a backward call that the last node of this call made."""
+        recent = self.result.verdicts[self._since.get(call.index, 0) :]
+        return next((v for v in recent if v.verdict == "wrong" and v.backward > call.index), None)
 
     def backward_ended(self, recorder: Recorder, call: BackwardCall) -> None:
         """Check whole gradients; let go of what is no longer needed."""
@@ -123,6 +136,7 @@ class Verifier:
             self.result.seconds += time.perf_counter() - began
         self._leaves.clear()
         self._roots.clear()
+        self._since.clear()
         if not call.retained:
             recorder.release_done(self._done)
 
