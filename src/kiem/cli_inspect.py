@@ -153,18 +153,18 @@ def _chains(trace: Any, leaves: tuple[str, ...], call: int) -> tuple[int, list]:
 def _print_trace(
     trace: Any, chains: list, call: int, tensors: bool, operations: bool, backward: bool, whole: bool
 ) -> None:
-    from kiem.report import explanation
+    from kiem.report import explanation, program
 
     graph = trace.graph
 
     def show(console: Any) -> None:
-        explanation.print_summary(graph, console)
+        program.print_summary(graph, console)
         if operations:
-            explanation.print_operations(graph, console, whole)
+            program.print_operations(graph, console, whole)
         if tensors:
-            explanation.print_tensors(graph, console, whole)
+            program.print_tensors(graph, console, whole)
         if backward and graph.backwards:
-            explanation.print_backward(graph, graph.backwards[call], console, whole)
+            program.print_backward(graph, graph.backwards[call], console, whole)
         for chain in chains:
             explanation.print_chain(chain, console, whole)
 

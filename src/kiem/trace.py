@@ -130,7 +130,7 @@ class Trace:
         return text
 
     def __str__(self) -> str:
-        from kiem.report.explanation import print_summary
+        from kiem.report.program import print_summary
 
         return _text(lambda console: print_summary(self.graph, console))
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kiem.grad.record import Recorder
-from kiem.report.explanation import totals
 from kiem.report.graph_document import document
+from kiem.report.program import totals
 
 HERE = __file__.rsplit("/", 1)[-1]
 

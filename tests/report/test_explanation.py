@@ -12,7 +12,8 @@ from rich.console import Console
 
 from kiem.grad.chain import chain_rule
 from kiem.grad.record import Recorder
-from kiem.report import explanation
+from kiem.report import explanation, words
+from kiem.report import program as program_text
 
 PROGRAMS = Path(__file__).parents[1] / "grad" / "programs"
 NAMESPACES = []  # modules keep their names as long as they live
@@ -76,11 +77,11 @@ def test_a_long_chain_is_folded_by_module_unless_all_is_asked_for():
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_everything_prints_in_80_columns(name, encoding):
     graph = program(name)
-    shown = text(explanation.print_summary, graph, encoding=encoding)
+    shown = text(program_text.print_summary, graph, encoding=encoding)
     for everything in (False, True):
-        shown += text(explanation.print_operations, graph, encoding=encoding, everything=everything)
-        shown += text(explanation.print_tensors, graph, encoding=encoding, everything=everything)
-    shown += text(explanation.print_backward, graph, graph.backwards[0], encoding=encoding)
+        shown += text(program_text.print_operations, graph, encoding=encoding, everything=everything)
+        shown += text(program_text.print_tensors, graph, encoding=encoding, everything=everything)
+    shown += text(program_text.print_backward, graph, graph.backwards[0], encoding=encoding)
     for leaf in graph.backwards[-1].leaf_grads:
         chain = chain_rule(graph, graph.backwards[-1], leaf)
         shown += text(explanation.print_chain, chain, encoding=encoding)
@@ -98,9 +99,9 @@ def test_names_are_text_and_not_markup():
     graph.find("w").name = "[bold red]x[/] \x1b[31m"
     graph.find("loss").name = "[link=http://x]L[/link]"
     for show, given in [(explanation.print_chain, (chain_to(graph, "[bold red]x[/] \x1b[31m"),)),
-                        (explanation.print_tensors, (graph,)), (explanation.print_operations, (graph,)),
-                        (explanation.print_backward, (graph, graph.backwards[0])),
-                        (explanation.print_summary, (graph,))]:  # fmt: skip
+                        (program_text.print_tensors, (graph,)), (program_text.print_operations, (graph,)),
+                        (program_text.print_backward, (graph, graph.backwards[0])),
+                        (program_text.print_summary, (graph,))]:  # fmt: skip
         shown = text(show, *given)
         assert "[bold red]x[/]" in shown and "\x1b" not in shown and r"\x1b[31m" in shown
 
@@ -112,26 +113,25 @@ def test_the_summary_counts():
         for _ in range(4):
             loss = (x @ w).exp().sum()
             loss.backward()
-    numbers = explanation.totals(recorder.graph)
+    numbers = program_text.totals(recorder.graph)
     assert numbers["leaf_elements"] == 12 and numbers["leaves"] == 1
-    # x (6 numbers) for the product, and exp keeps its result (8 numbers) in each pass that is kept
-    kept = sum(op.label == "exp" for op in recorder.graph.ops)
-    assert numbers["saved_bytes"] == 4 * (6 + 8 * kept)
-    shown = text(explanation.print_summary, recorder.graph)
+    # In each pass x (6 numbers) for the product, and exp keeps its result (8 numbers).
+    assert numbers["saved_bytes"] == 4 * (6 + 8)
+    shown = text(program_text.print_summary, recorder.graph)
     assert "ran" in shown and "times, shown once" in one_line(shown)
 
 
 def test_a_failure_is_shown_with_its_line():
     with pytest.raises(RuntimeError), Recorder() as recorder:
         torch.ones(2, 3) @ torch.ones(2, 3)
-    shown = text(explanation.print_summary, recorder.graph)
+    shown = text(program_text.print_summary, recorder.graph)
     assert "RuntimeError" in shown and "test_explanation.py:" in shown
 
 
 @pytest.mark.parametrize("x, written", [(-1.08892, "-1.0889"), (0.0749918, "0.0750"), (1.10000002, "1.1"), (2.0, "2"),
                                         (float("nan"), "NaN"), (1e-9, "1.00e-09"), (0.0, "0")])  # fmt: skip
 def test_numbers(x, written):
-    assert explanation.number(x) == written
+    assert words.number(x) == written
 
 
 def test_two_paths_are_a_sum_of_products():

@@ -1,26 +1,19 @@
-"""A recorded program in words and formulas, for the terminal: operations, tensors, backward calls, the chain rule."""
+"""The chain rule from a loss to a tensor, in words and formulas for the terminal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
-from kiem.format import bytes_text, integer_text, number_text, printable
-from kiem.grad.chain import Chain, ChainStep, Link, arguments, scalar, tensors
-from kiem.grad.graph import BackwardCall, Gradient, Graph, Step
+from kiem.format import integer_text
+from kiem.grad.chain import Chain, ChainStep, Link, scalar
+from kiem.report.words import Say, block, gradient_text, number, shape_text, values_text
 
 MOST_PATHS = 16  # that are listed one by one
 MOST_STEPS = 24  # that are shown one by one, unless all are asked for
-MOST_LINES = 120  # operations, tensors
-MOST_NUMBERS = 6  # of a tensor that are written out
-
-
-# -- the chain rule ----------------------------------------------------------------------------------------------------
 
 
 def paths(chain: Chain) -> list[list[tuple[ChainStep, Link]]]:
@@ -95,13 +88,6 @@ def document(chain: Chain) -> dict[str, Any]:
                               "equations": equations(chain), "modules": folded}  # fmt: skip
 
 
-def block(module: str) -> str:
-    """The module that steps are folded to: the path up to its first number, `model.h.3` of `model.h.3.attn.c_proj`."""
-    parts = module.split(".")
-    numbered = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-    return ".".join(parts[: numbered + 1])
-
-
 def shapes(step: ChainStep, link: Link) -> str:
     """Of a product of matrices the shapes, as `(128×768) = (128×3072)(3072×768)`; empty if the formula is none."""
     factors = link.formula.split(" · ")[-1].lstrip("−").split(" ")
@@ -120,13 +106,13 @@ def shapes(step: ChainStep, link: Link) -> str:
         if len(shape) < 2 or (before is not None and before != shape[-2]):
             return ""
         before = shape[-1]
-        written.append(_shape(shape))
-    return f"{_shape(link.leaves.shape)} = {''.join(written)}"
+        written.append(shape_text(shape))
+    return f"{shape_text(link.leaves.shape)} = {''.join(written)}"
 
 
 def print_chain(chain: Chain, console: Console, everything: bool = False) -> None:
     """The chain rule from the loss to a leaf. `everything`: each step of a long one, instead of modules."""
-    say = _Say(console)
+    say = Say(console)
     say(f"dL/d{chain.title}", f"   {chain.tensor}, L = {chain.loss}, backward at {chain.source}", style="bold")
     for note in chain.notes:
         say("", f"note: {note}")
@@ -170,7 +156,7 @@ def _last_steps(chain: Chain) -> list[int]:
     return sorted(found)
 
 
-def _print_modules(chain: Chain, say: _Say) -> None:
+def _print_modules(chain: Chain, say: Say) -> None:
     for folded in modules(chain):
         count = folded["last"] - folded["first"] + 1
         source = chain.steps[folded["first"]].source
@@ -180,7 +166,7 @@ def _print_modules(chain: Chain, say: _Say) -> None:
                          f"{number(folded['leaves'])} leaves{into}  {source or ''}")  # fmt: skip
 
 
-def _print_step(i: int, step: ChainStep, say: _Say) -> None:
+def _print_step(i: int, step: ChainStep, say: Say) -> None:
     module = f"  in {step.module}" if step.module else ""
     say(f"{i + 1}  {step.label}", f"{module}  {step.source or ''}", style="cyan")
     if step.forward:
@@ -198,7 +184,7 @@ def _print_step(i: int, step: ChainStep, say: _Say) -> None:
         say("", f"       {local}leaves {gradient_text(link.leaves)} to {link.title or link.argument}")
 
 
-def _print_join(chain: Chain, join: Any, say: _Say) -> None:
+def _print_join(chain: Chain, join: Any, say: Say) -> None:
     count = len(join.contributions)
     say(f"{join.title or 'a result'}", f": {count} contribution{'s' if count != 1 else ''}", style="green")
     for i, j in join.contributions[:12]:
@@ -216,178 +202,3 @@ def _print_join(chain: Chain, join: Any, say: _Say) -> None:
     else:
         checked = f": {join.note}"
     say("", f"     {total}{arrived}{checked}", style="" if join.ok is not False else "bold red")
-
-
-# -- the program -------------------------------------------------------------------------------------------------------
-
-
-def totals(graph: Graph) -> dict[str, int]:
-    """Numbers of a program. `saved_bytes`: of the memory that backward keeps, each storage once, without that of
-    parameters and other leaves that ask for a gradient."""
-    leaves = {v.storage: v.numel for v in graph.values if v.is_parameter or (v.is_leaf and v.requires_grad)}
-    saved = {v.storage for v in graph.values if v.saved_by} - leaves.keys()
-    return {
-        "operations": len(graph.ops), "tensors": len(graph.values), "leaves": len(leaves),
-        "leaf_elements": sum(leaves.values()), "backward_calls": len(graph.backwards),
-        "saved_bytes": sum(graph.storages[s].nbytes for s in saved),
-    }  # fmt: skip
-
-
-def print_summary(graph: Graph, console: Console) -> None:
-    """What the program did, in a few lines."""
-    say, numbers = _Say(console), totals(graph)
-    say("recorded program", f": {_count(numbers['operations'], 'operation')}, {_count(numbers['tensors'], 'tensor')}, "
-        f"{integer_text(numbers['leaves'])} parameters and other leaves that ask for a gradient "
-        f"({_count(numbers['leaf_elements'], 'element')})")  # fmt: skip
-    say("", f"saved for backward: {bytes_text(numbers['saved_bytes'])} (each storage once, without parameters)")
-    for call in graph.backwards:
-        inside = ", inside another one" if call.nested else ""
-        kind = "autograd.grad" if call.partial else "backward"
-        of = " and ".join(graph.title(v) for v in call.roots) or "?"
-        say(f"{kind} {call.index}", f" of {of}{inside}: {_count(len(call.steps), 'step')}, "
-            f"{_count(len(call.leaf_grads), 'gradient')}  {call.source}")  # fmt: skip
-        for value, gradient in list(call.leaf_grads.items())[:12]:
-            say("", f"  dL/d{graph.title(value)} = {gradient_text(gradient)}")
-        if len(call.leaf_grads) > 12:
-            say("", f"  … {len(call.leaf_grads) - 12} more")
-    for repeat in graph.repeats:
-        first, last = graph.ops[repeat.first], graph.ops[repeat.last]
-        say("folded", f": operations {repeat.first} to {repeat.last} ran {repeat.times} times, shown once  "
-                      f"{first.source} to {last.source}")  # fmt: skip
-    for note in graph.notes:
-        say("note", f": {note}")
-    if graph.failure is not None:
-        say(f"{graph.failure.kind}", f": {graph.failure.message}  {graph.failure.source or ''}", style="bold red")
-        if graph.failure.explanation:
-            say("", graph.failure.explanation)
-
-
-def print_operations(graph: Graph, console: Console, everything: bool = False) -> None:
-    """Each operation in the order in which it ran; runs in one module folded if there are many."""
-    say = _Say(console)
-    if everything or len(graph.ops) <= MOST_LINES:
-        for op in graph.ops:
-            made = ", ".join(f"{graph.title(v)} {graph.values[v].describe()}" for v in op.outputs)
-            given = ", ".join(graph.title(v) for _, v in op.inputs)
-            marks = [op.region, "random" if op.random else "", "in place" if op.mutates else "", op.module,
-                     "" if op.grad_enabled else "no_grad"]  # fmt: skip
-            marks = ", ".join(mark for mark in marks if mark)
-            say(f"{op.index:>4}  {op.label}", f"({given}) → {made or 'nothing'}  {marks}  {op.source}")
-        return
-    for module, run in groupby(graph.ops, lambda op: block(op.module)):
-        ops = list(run)
-        name = module or "outside of modules"
-        say(f"{ops[0].index:>4}  {name}", f" … {_count(len(ops), 'operation')}  {ops[0].source}")
-
-
-def print_tensors(graph: Graph, console: Console, everything: bool = False) -> None:
-    """The table of all tensors, then what is saved for backward."""
-    say, rows = _Say(console), tensors(graph)
-    shown = rows if everything or len(rows) <= MOST_LINES else [r for r in rows if r["name"]][:MOST_LINES]
-    for row in shown:
-        shape = "×".join(map(str, row["shape"])) or "1 element"
-        facts = [f"{row['rank']} {shape} {row['dtype']} on {row['device']}", f"strides {tuple(row['strides'])}",
-                 bytes_text(row["bytes"])]  # fmt: skip
-        facts += ["parameter"] if row["parameter"] else ["requires grad"] if row["requires_grad"] else []
-        facts += [f"version {row['version']}"] if row["version"] else []
-        facts += [f"view of {row['view_of']}"] if row["view_of"] else []
-        facts += [f"copy of {row['copy_of']}"] if row["copy_of"] else []
-        say(row["name"] or f"%{row['id']}", f"  {', '.join(facts)}")
-        origin = f"made by {row['made_by']} at {row['source']}" if row["made_by"] else "from outside"
-        saved = f"; saved for backward by {', '.join(row['saved_by'])}" if row["saved_by"] else ""
-        say("", f"     {origin}{saved}")
-    if len(shown) < len(rows):
-        say("", f"… {len(rows) - len(shown)} more")
-    say("", f"saved for backward: {bytes_text(totals(graph)['saved_bytes'])} (each storage once, without parameters)")
-
-
-def print_backward(graph: Graph, call: BackwardCall, console: Console, everything: bool = False) -> None:
-    """Each step of a backward call in the order in which it ran: what arrived, what left to which input. Of a long one
-    the first steps, unless everything is asked for."""
-    say = _Say(console)
-    of = " and ".join(graph.title(v) for v in call.roots)
-    say(f"backward {call.index}", f" of {of}  {call.source}", style="bold")
-    shown = call.steps if everything else call.steps[:MOST_LINES]
-    for i, step in enumerate(shown):
-        arrives = ", ".join(gradient_text(g) for g in step.into if g is not None) or "nothing"
-        for line in _backward_lines(graph, step, i, arrives):
-            say(*line)
-    if len(shown) < len(call.steps):
-        say("", f"… {len(call.steps) - len(shown)} more steps")
-
-
-def _backward_lines(graph: Graph, step: Step, i: int, arrives: str) -> Iterator[tuple[str, str]]:
-    hooked = "  (changed by a hook)" if step.changed_by_hook else ""
-    if step.leaf is not None:
-        yield f"{i + 1:>4}  {graph.title(step.leaf)}", f": gradient {arrives}{hooked}"
-        return
-    op = None if step.op is None else graph.ops[step.op]
-    label = op.label if op else step.node.removeprefix("torch::autograd::")
-    yield f"{i + 1:>4}  {label}", f": {arrives} arrives{hooked}  {op.module if op else ''}  {op.source if op else ''}"
-    for position, argument, value in arguments(graph, step):
-        sent = step.out[position]
-        if sent is not None:
-            yield "", f"       {gradient_text(sent)} to {argument if value is None else graph.title(value)}"
-
-
-# -- words -------------------------------------------------------------------------------------------------------------
-
-
-def number(x: float) -> str:
-    """Four decimals; fewer if those are zeros: 0.0750, 1.1."""
-    short = f"{x:.6g}"
-    exact = math.isfinite(x) and "e" not in short and len(short.partition(".")[2]) <= 3
-    return short if exact else number_text(float(x))
-
-
-def values_text(values: Any) -> str:
-    """Nested lists of numbers on one line, cut after a few."""
-    if not isinstance(values, list):
-        return number(values) if isinstance(values, int | float) else str(values)
-    flat = values_of(values)
-    if len(flat) > MOST_NUMBERS:
-        return f"[{', '.join(values_text(v) for v in flat[:MOST_NUMBERS])}, … {len(flat)} numbers]"
-    return number(flat[0]) if len(flat) == 1 and isinstance(flat[0], int | float) else \
-        f"[{', '.join(values_text(v) for v in values)}]"  # fmt: skip
-
-
-def values_of(values: Any) -> list:
-    """The elements of nested lists."""
-    return [x for v in values for x in values_of(v)] if isinstance(values, list) else [values]
-
-
-def gradient_text(gradient: Gradient) -> str:
-    """A gradient's value when it is small, else its shape and norm."""
-    bad = f", {gradient.stats.nonfinite} not finite" if gradient.stats.nonfinite else ""
-    if gradient.data is not None and len(values_of(gradient.data)) <= MOST_NUMBERS:
-        return values_text(gradient.data)
-    return f"{_shape(gradient.shape)} of norm {number(gradient.stats.norm)}{bad}"
-
-
-def _shape(shape: Any) -> str:
-    return f"({'×'.join(map(str, shape))})"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{integer_text(n)} {what}{'s' if n != 1 else ''}"
-
-
-class _Say:
-    """Prints lines of foreign text: no markup, no control characters, nothing that the console's encoding lacks."""
-
-    def __init__(self, console: Console):
-        self._console = console
-
-    def __call__(self, head: str, rest: str, style: str = "") -> None:
-        indent = 0 if head else len(rest) - len(rest.lstrip())
-        text = Text()
-        text.append(self._safe(head), style=style or "bold")
-        text.append(self._safe(rest.strip() if indent else rest.rstrip()), style=style if not head else None)
-        for line in text.wrap(self._console, max(self._console.width - indent, 20), overflow="fold"):
-            line.rstrip()
-            self._console.print(Text(" " * indent) + line, soft_wrap=True)
-
-    def _safe(self, part: str) -> str:
-        part, encoding = printable(part), self._console.options.encoding
-        ascii_only = self._console.options.ascii_only
-        return part.encode(encoding, "backslashreplace").decode(encoding) if ascii_only else part

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kiem.grad.check import Verdict
 from kiem.grad.graph import BackwardCall, Gradient, Graph, Op, Source, Stats, Value, plain
 from kiem.grad.rules.table import Call, find, formula
-from kiem.report.explanation import totals
+from kiem.report.program import totals
 
 if TYPE_CHECKING:
     from kiem.grad.verify import Result
