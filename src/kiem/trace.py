@@ -205,5 +205,5 @@ def _text(show: Any) -> str:
     from rich.console import Console
 
     buffer = StringIO()
-    show(Console(file=buffer, width=100, color_system=None))
+    show(Console(file=buffer, width=100, color_system=None, force_jupyter=False))
     return buffer.getvalue().rstrip("\n")

@@ -1,9 +1,10 @@
 """Loops: what repeats is kept once and counted, whatever its period; what never repeats stays bounded."""
 
+import pytest
 import torch
 from torch import nn
 
-from kiem.grad import fold
+from kiem.grad import fold, verify
 from kiem.grad.record import WITHOUT_GRADIENT, Recorder
 from kiem.grad.verify import Verifier
 
@@ -156,8 +157,11 @@ def test_memory_does_not_grow_with_the_length_of_a_loop():
     assert all(late <= early + 8 for early, late in zip(*sizes, strict=True))
 
 
-def test_later_passes_are_verified_as_well():
-    """The first three, then the 4th, 8th, 16th, ...: an error that begins in the 20th is found in the 32nd."""
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_later_passes_are_verified_as_well(seconds, monkeypatch):
+    """The first three, then the 4th, 8th, 16th, ...: an error that begins in the 20th is found in the 32nd; all while
+    there is time."""
+    monkeypatch.setattr(verify, "SECONDS", seconds)
 
     class Scaled(torch.autograd.Function):
         calls = 0
@@ -180,4 +184,4 @@ def test_later_passes_are_verified_as_well():
     recorder = recorded(program, verifier)
     result = verifier.ended()
     assert {recorder.graph.ops[v.op].name for v in result.wrong} == {"Scaled"} and not result.ok
-    assert any("were not" in note for note in result.notes)
+    assert any("were not" in note for note in result.notes) == (seconds == 0)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kiem.grad import source
 from kiem.grad.graph import BackwardCall, Gradient, Op, Step, gradient, statistics
@@ -28,6 +29,8 @@ class BackwardHooks:
         self._recorder = recorder
         self._calls: list[BackwardCall] = []
         self._gradients: dict[int, tuple[weakref.ref, int, Gradient]] = {}
+        self._accumulated: list[torch.Tensor] = []  # leaves whose `.grad` the call that is under way changes
+        self._left: dict[int, tuple[weakref.ref, tuple]] = {}  # what backward left in `.grad`, by parameter
         self.evidence: list[tuple] = []  # (call, step, op, into, out): real gradients, held for a later verification
 
     @property
@@ -64,6 +67,25 @@ class BackwardHooks:
             torch.autograd._engine_run_backward = original
 
         return undo
+
+    def watch_optimizers(self) -> Callable[[], None]:
+        """Say when an optimizer is given other gradients than backward left, until the returned function is called."""
+
+        def before(optimizer, _args, _kwargs) -> None:
+            changed = 0
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    left = self._left.get(id(parameter))
+                    if left is not None and left[0]() is parameter and left[1] != _state(parameter.grad):
+                        changed += 1
+            self._left.clear()
+            if changed and not self._recorder.local.paused and source.records_here(self._recorder):
+                self._recorder.note(
+                    "Between a backward call and optimizer.step() gradients were changed (clipped, scaled, set): "
+                    "what is explained and verified is what backward gave."
+                )
+
+        return register_optimizer_step_pre_hook(before).remove
 
     def _run(self, original, t_outputs, args: tuple, kwargs: dict):
         recorder = self._recorder
@@ -108,6 +130,10 @@ class BackwardHooks:
         self._take_results(call, wanted, result)
         mark_hooks(call)
         if not call.nested:
+            for parameter in self._accumulated:
+                self._left[id(parameter)] = weakref.ref(parameter), _state(parameter.grad)
+            self._accumulated.clear()
+        if not call.nested:
             self._gradients.clear()
             if self._recorder.observer is not None:
                 self._recorder.observer.backward_ended(self._recorder, call)
@@ -140,10 +166,11 @@ class BackwardHooks:
         its number, its name, and where it leads to."""
         graph, number, name = self._recorder.graph, node._sequence_nr(), _plain_name(node.name())
         op = node.metadata.get(MADE_BY)
+        if op is not None and not _alike(op, name):
+            op = None  # a node of torch.jit, which stands for many operations
         for index in self._recorder.by_sequence.get(number, ()) if op is None else ():
             known = graph.ops[index]
-            alike = _plain_name(known.label).startswith(name) or name.startswith(_plain_name(known.label))
-            if index not in taken and (known.kind != "op" or alike) and _same_ways(known.edges, edges):
+            if index not in taken and _alike(known, name) and _same_ways(known.edges, edges):
                 op = known
                 break
         if op is None and name == "copyslices":
@@ -173,6 +200,7 @@ class BackwardHooks:
         leaf = key[1] if key[0] == "leaf" else None
         if leaf is not None:
             recorder.graph.values[leaf].hooks = hook_lines(node.variable)
+            self._accumulated.append(node.variable)
 
         def before(_into) -> None:
             recorder.local.kernels.append([])
@@ -248,6 +276,17 @@ def _reachable(outputs) -> list:
 
 def _edge(key: tuple, number: int) -> tuple:
     return key if key[0] == "leaf" else (key[0], number)
+
+
+def _state(grad: torch.Tensor | None) -> tuple:
+    """Differs once a gradient is another tensor or was changed."""
+    return (None,) if grad is None else (id(grad), grad._version)
+
+
+def _alike(op: Op, node: str) -> bool:
+    """Whether a node may be of an operation, by its plain name."""
+    name = _plain_name(op.label)
+    return op.kind != "op" or name.startswith(node) or node.startswith(name)
 
 
 def _same_ways(recorded: tuple, edges: tuple) -> bool:

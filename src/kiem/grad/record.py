@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol
@@ -83,7 +84,7 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Recorder:
         self.modules.__enter__()
-        self._undo = [wrap_functions(self), self.backward.wrap_engine()]
+        self._undo = [wrap_functions(self), self.backward.wrap_engine(), self.backward.watch_optimizers(), _unwarned()]
         return super().__enter__()
 
     def __exit__(self, kind, error, trace) -> None:
@@ -336,6 +337,18 @@ class CompiledRecorder(Recorder):
     def ignore_compile_internals(cls) -> bool:
         """Whether torch.compile may go on under this mode."""
         return True
+
+
+def _unwarned() -> Callable[[], None]:
+    """torch.compile warns of the hooks by which modules are known here: until the returned function is called not."""
+    warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks on modules")
+    ours = warnings.filters[0]
+
+    def undo() -> None:
+        if ours in warnings.filters:
+            warnings.filters.remove(ours)
+
+    return undo
 
 
 class _Pause:

@@ -135,7 +135,7 @@ def _random(op: Op, tensors: Tensors, recorded: Tensors) -> tuple[torch.Tensor |
             raise CannotReplay("its mask was not kept")
         scale = 1.0 if op.attributes.get("train") is False else 0.0 if share >= 1 else 1 / (1 - share)
         return tensors[dict(op.inputs)["input"]] * kept.double() * scale, kept
-    if op.edges and op.label in ("_standard_gamma", "_sample_dirichlet"):
+    if (op.edges or op.parent is not None) and op.label in ("_standard_gamma", "_sample_dirichlet"):
         raise CannotReplay("its gradient goes through the sample, which is not drawn again")
     missing = [v for v in op.outputs if v not in recorded]
     if missing or any(part in op.label for part in ("dropout", "rrelu", "scaled_dot_product", "_rnn")):

@@ -8,6 +8,9 @@ import os
 import sys
 import sysconfig
 import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import islice
 from types import FrameType
 
 import torch
@@ -22,6 +25,8 @@ _CARRIER = os.path.join(_OWN, "grad", "program.py")
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _STANDARD = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
 _SITE = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
+_CONTAINERS = (dict, OrderedDict, list, tuple)
+MOST_ENTRIES = 256  # of a dict or list that are looked at for names
 # A line of one of these files above an operation says what the operation is part of.
 _REGIONS = {
     os.path.join(_TORCH, "utils", "checkpoint.py"): "checkpoint",
@@ -124,15 +129,46 @@ def traceback_source(error: BaseException, lines: Lines) -> Source | None:
     return found
 
 
-def _variable(frame: FrameType, module: torch.nn.Module) -> str:
-    """What a frame calls a module: `layers[1]` of a list of modules, as its loop's variable names them all alike."""
-    local = [(n, v) for n, v in frame.f_locals.items() if n != "self" and not n.startswith("__")]
+def variables(frame: FrameType) -> tuple[list[tuple[str, torch.Tensor]], list[tuple[str, torch.Tensor]]]:
+    """What a frame calls tensors: its variables, and entries of its dicts and lists (`params["w1"]`, `ws[0]`). Entries
+    that all have a variable of their own are left out."""
+    local = [(n, v) for n, v in list(frame.f_locals.items()) if not n.startswith("__")]
+    own = [(n, v) for n, v in local if isinstance(v, torch.Tensor)]
+    held, shown = [], None
     for name, value in local:
-        if isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(m, torch.nn.Module) for m in value):
-            place = next((i for i, m in enumerate(value) if m is module), None)
-            if place is not None:
-                return f"{name}[{place}]"
-    return next((n for n, v in local if v is module), "")
+        entries = _entries(name, value) if type(value) in _CONTAINERS and value else ()
+        if entries:
+            shown = {id(t) for _, t in own} if shown is None else shown
+            held += () if all(id(t) in shown for _, t in entries) else entries
+    return own, held
+
+
+def _entries(name: str, container: dict | list | tuple) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that a container of tensors holds, by place; of another one nothing."""
+    keyed = isinstance(container, dict)
+    if not isinstance(next(iter(container.values() if keyed else container)), torch.Tensor):
+        return []
+    first = list(islice(container.items() if keyed else enumerate(container), MOST_ENTRIES))
+    texts = ((f'"{k}"' if isinstance(k, str) else str(k), t) for k, t in first if isinstance(k, str | int))
+    return [(f"{name}[{text}]", t) for text, t in texts if isinstance(t, torch.Tensor)]
+
+
+def _is_module(value: object) -> bool:
+    """Whether it is a module that was set up; asked of the type, as a proxy may do anything when it is asked itself."""
+    return issubclass(type(value), torch.nn.Module) and "_modules" in vars(value)
+
+
+def _modules_shown(frame: FrameType) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Modules that a frame's variables show, and what it calls them: `layers[1]` of a list of modules, as its loop's
+    variable names them all alike. What a method calls its own object (`self`) is no name."""
+    code = frame.f_code
+    method = code.co_argcount and "." in code.co_qualname and not code.co_qualname.endswith(f"<locals>.{code.co_name}")
+    receiver = code.co_varnames[0] if method else "self"
+    local = [(n, v) for n, v in list(frame.f_locals.items()) if not n.startswith("__")]
+    for name, value in local:
+        if isinstance(value, list | tuple) and len(value) > 1 and all(map(_is_module, value[:MOST_ENTRIES])):
+            yield from ((f"{name}[{i}]", module) for i, module in enumerate(value[:MOST_ENTRIES]))
+    yield from ((n if n not in (receiver, "self") else "", v) for n, v in local if _is_module(v))
 
 
 class ModulePaths:
@@ -143,6 +179,7 @@ class ModulePaths:
         self._stack: list[tuple[str, str]] = []
         self._paths: dict[int, tuple[weakref.ref, str]] = {}
         self._tensors: dict[int, tuple[weakref.ref, str]] = {}
+        self._owners: dict[str, weakref.ref] = {}  # of modules' names
         self._roots: weakref.WeakSet = weakref.WeakSet()
         self._handles: list = []
 
@@ -168,8 +205,7 @@ class ModulePaths:
             return  # traced by torch.compile (what is compiled is one operation), or another thread's
         if not self._stack and module not in self._roots:
             self._name_root(module)
-        known = self._paths.get(id(module))
-        path = known[1] if known is not None and known[0]() is module else type(module).__name__
+        path = self._known(self._paths, module) or type(module).__name__
         self._stack.append((path, type(module).__name__))
 
     def _leave(self, _module, _inputs, _output) -> None:
@@ -177,27 +213,53 @@ class ModulePaths:
             self._stack.pop()
 
     def _name_root(self, module: torch.nn.Module) -> None:
-        """Name a module that runs inside no other one, and all that is in it. Its owner may be the object whose
-        method calls it (`self` of a frame above), as a training step that calls the parts of a model itself."""
+        """Name a module that runs inside no other one, and all that is in it, as part of the outermost module around it
+        that the program has a variable for: that may call its parts itself. A name that is known stays."""
         self._roots.add(module)
-        known = self._paths.get(id(module))
-        if known is not None and known[0]() is module:
+        if self._known(self._paths, module) is not None:
             return
-        root, name, frame = module, "", sys._getframe(2)
-        while frame is not None:
-            found = frame.f_locals.get("self")
-            if isinstance(found, torch.nn.Module) and found is not root and any(m is root for m in found.modules()):
-                root, name = found, ""
-            if not name and self._lines.find(frame)[0] is frame:
-                name = _variable(frame, root)
-            frame = frame.f_back
-        name = name or type(root).__name__
-        for path, tensor in [*root.named_parameters(), *root.named_buffers()]:
-            self._tensors[id(tensor)] = (weakref.ref(tensor), f"{name}.{path}")
+        shown, root = self._shown(sys._getframe(2)), module
+        for found in {id(m): m for _, m in shown}.values():
+            if found is not root and any(m is root for m in found.modules()):
+                root = found
+        name = self._known(self._paths, root) or next((n for n, m in shown if m is root and n), type(root).__name__)
         for path, child in root.named_modules():
-            self._paths[id(child)] = (weakref.ref(child), f"{name}.{path}" if path else name)
+            called = self._known(self._paths, child)
+            if called is None:
+                called = self._free(f"{name}.{path}" if path else name, child)
+                name = name if path else called
+                self._paths[id(child)] = (weakref.ref(child), called)
+            for own, tensor in (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)):
+                if self._known(self._tensors, tensor) is None:
+                    self._tensors[id(tensor)] = (weakref.ref(tensor), f"{called}.{own}")
+
+    def _shown(self, frame: FrameType | None) -> list[tuple[str, torch.nn.Module]]:
+        """Modules that the variables of the user's frames show, innermost first, then those of the frames' files."""
+        local, files = [], {}
+        while frame is not None:
+            if self._lines.find(frame)[0] is frame:
+                local += _modules_shown(frame)
+                files[id(frame.f_globals)] = frame.f_globals
+            elif _is_module(found := frame.f_locals.get("self")):
+                local.append(("", found))
+            frame = frame.f_back
+        outside = (item for members in files.values() for item in list(members.items()))
+        return local + [(n, v) for n, v in outside if not n.startswith("_") and _is_module(v)]
+
+    def _free(self, name: str, module: torch.nn.Module) -> str:
+        """The name, numbered if another living module has it."""
+        free, number = name, 1
+        while (owner := self._owners.get(free)) is not None and owner() is not None and owner() is not module:
+            number += 1
+            free = f"{name}#{number}"
+        self._owners[free] = weakref.ref(module)
+        return free
+
+    @staticmethod
+    def _known(names: dict[int, tuple[weakref.ref, str]], thing: object) -> str | None:
+        known = names.get(id(thing))
+        return known[1] if known is not None and known[0]() is thing else None
 
     def name_of(self, tensor: torch.Tensor) -> str | None:
         """The path of a parameter or buffer of a module that has run, under its first name."""
-        known = self._tensors.get(id(tensor))
-        return known[1] if known is not None and known[0]() is tensor else None
+        return self._known(self._tensors, tensor)

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from kiem.grad.backward import hook_lines
 from kiem.grad.graph import Graph, Storage, Value, small_data, statistics
 from kiem.grad.layouts import held_by, regular, shape_of
+from kiem.grad.source import variables
 from kiem.grad.threads import LOW, MADE_BY, Numbers
 
 if TYPE_CHECKING:
@@ -166,11 +167,12 @@ class ValueTable:
         if frame is None or (id(frame), frame.f_lineno) in self._named:
             return
         self._named = {(id(frame), frame.f_lineno)}
-        for name, tensor in list(frame.f_locals.items()):
-            if isinstance(tensor, torch.Tensor) and not name.startswith("__"):
-                index = self.seen(tensor)
-                if index is not None and self.graph.values[index].name is None:
-                    self.graph.values[index].name = name
+        own, held = variables(frame)
+        # A loop's variable names all parameters of a list alike: there the entry's name is the better one.
+        for name, tensor, leaf in (*((*h, True) for h in held), *((*v, False) for v in (*own, *held))):
+            value = None if (index := self.seen(tensor)) is None else self.graph.values[index]
+            if value is not None and value.name is None and (not leaf or (value.is_leaf and value.requires_grad)):
+                value.name = name
 
     def forget(self, values: int, by: int | None) -> None:
         """Values from `values` on are now those `by` earlier, or None: unknown. What no longer lives is let go of."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kiem.grad.record import Recorder
 
 PASSES = 3  # of a step of a loop that repeats
+SECONDS = 20.0  # for further passes
 CASES = 3  # wrong operations whose tensors are held for a program that shows the error
 
 
@@ -85,12 +86,13 @@ class Verifier:
 
     def _skips(self, recorder: Recorder, call: BackwardCall) -> bool:
         """Whether a call is left out: of steps that do the same, the first three, the fourth, the eighth, the 16th and
-        so on are checked. A call inside another one goes with it."""
+        so on are checked, and all while there is time. A call inside another one goes with it."""
         if call is not self._outer and not call.nested:
             sign = recorder.folder.sign()
             self._passes[sign] += 1
             count = self._passes[sign]
-            self._outer, self._skip = call, count > PASSES and count & (count - 1) != 0
+            rare = count > PASSES and count & (count - 1) != 0
+            self._outer, self._skip = call, rare and self.result.seconds > SECONDS
             if self._skip:
                 self._left_out[call.source] += 1
         return self._skip

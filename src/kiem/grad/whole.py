@@ -179,6 +179,8 @@ class _Whole:
             if leaf in meant:
                 result.verdict = "hook"
                 notes.append(f"{name}: {meant[leaf]}")
+            elif value.hooks:
+                notes.append(f"{name}: a hook runs on its gradient ({', '.join(value.hooks)})")
             results.append(result)
         if not certified and not any(r.verdict == "wrong" for r in results):
             notes.append(

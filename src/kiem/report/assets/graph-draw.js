@@ -14,9 +14,10 @@ class Drawing {
     this.shown = new Map();
     this.lines = new Map();
     this.gone = [];
+    this.fitted = null; // how it was fitted, as long as nobody has moved it since
     this.resize();
-    new ResizeObserver(() => this.resize()).observe(this.svg);
-    this.zoom = KiemVendor.zoom().scaleExtent([0.05, 3]).extent(() => [[0, 0], this.size]).on("zoom", (event) => this.scene.setAttribute("transform", event.transform));
+    new ResizeObserver(() => this.resized()).observe(this.svg);
+    this.zoom = KiemVendor.zoom().scaleExtent([0.05, 3]).extent(() => [[0, 0], this.size]).on("zoom", (event) => { this.fitted = null; this.scene.setAttribute("transform", event.transform); });
     this.view = KiemVendor.select(this.svg).call(this.zoom).on("dblclick.zoom", null);
     this.svg.addEventListener("click", (event) => this.clicked(event));
     this.svg.addEventListener("keydown", (event) => this.key(event));
@@ -41,6 +42,12 @@ class Drawing {
       if (waiting.length) requestIdleCallback(work);
     };
     if (window.requestIdleCallback) requestIdleCallback(work);
+  }
+
+  // Until somebody moves it, the drawing follows the room it has: a frame in a notebook gets its size late.
+  resized() {
+    this.resize();
+    if (this.fitted !== null) this.fit(this.fitted);
   }
 
   resize() { this.size = [this.svg.clientWidth, this.svg.clientHeight]; }
@@ -260,6 +267,7 @@ class Drawing {
     const byWidth = (across - 16) / width, byHeight = (down - 16) / height;
     const k = whole ? Math.min(1.2, Math.max(0.05, Math.min(byWidth, byHeight))) : Math.min(1, Math.max(0.55, Math.min(byWidth, Math.max(byHeight, 0.75))));
     this.moveTo((across - width * k) / 2, Math.max(8, (down - height * k) / 2), k);
+    this.fitted = whole;
   }
 
   by(factor) { this.view.call(this.zoom.scaleBy, factor); }
