@@ -419,6 +419,26 @@ def test_narrow_screen(open_page, gpt):
     assert page.locator("#tree").is_visible()
 
 
+OFF_CENTRE = """() => {
+  const room = document.querySelector("#drawing").getBoundingClientRect();
+  const shapes = [...document.querySelectorAll("#drawing .box")].map((b) => b.getBoundingClientRect());
+  const left = Math.min(...shapes.map((s) => s.left)), right = Math.max(...shapes.map((s) => s.right));
+  return Math.abs((left + right) / 2 - (room.left + room.right) / 2);
+}"""
+
+
+def test_the_drawing_follows_its_room_until_somebody_moves_it(open_page):
+    """A frame in a notebook gets its size after the page has run."""
+    page = open_page(DOCUMENTS["sigmoid"](), width=640, height=400)
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.wait_for_function(f"({OFF_CENTRE})() < 20")
+    page.locator("#in").click()
+    moved = page.locator("#drawing > g").get_attribute("transform")
+    page.set_viewport_size({"width": 900, "height": 700})
+    page.wait_for_timeout(200)
+    assert page.locator("#drawing > g").get_attribute("transform") == moved
+
+
 def test_theme_and_motion(open_page):
     page = open_page(DOCUMENTS["sigmoid"](), color_scheme="light", reduced_motion="reduce")
     paper = "getComputedStyle(document.body).backgroundColor"
