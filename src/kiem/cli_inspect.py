@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from kiem.console import print_json, print_rich, to_stderr
+from kiem.console import StatusLine, print_json, print_rich, to_stderr
 
 
 @click.command(context_settings={"show_default": True})
@@ -70,7 +70,9 @@ def verify(target, arguments, eager, page, quiet, as_json) -> None:
       kiem verify runs/books
     """
     _check_folder(page)
-    trace, program = _recorded(target, arguments, verify=True, eager=eager, quiet=as_json)
+    status = StatusLine(not quiet)
+    trace, program = _recorded(target, arguments, verify=True, eager=eager, quiet=as_json, told=status)
+    status.clear()
     verification = trace.verify()
     if page:
         trace.html(page, verification.result)
@@ -97,7 +99,9 @@ def verify(target, arguments, eager, page, quiet, as_json) -> None:
     _end(trace, wrong=not verification.ok or (compared is not None and not compared.ok))
 
 
-def _recorded(target: str, arguments: tuple[str, ...], verify: bool, eager: bool, quiet: bool) -> tuple[Any, Any]:
+def _recorded(
+    target: str, arguments: tuple[str, ...], verify: bool, eager: bool, quiet: bool, told: StatusLine | None = None
+) -> tuple[Any, Any]:
     """Run the target under a recorder. What the program prints stays; its exceptions are kept in the trace."""
     import sys
     from contextlib import redirect_stdout, suppress
@@ -109,9 +113,10 @@ def _recorded(target: str, arguments: tuple[str, ...], verify: bool, eager: bool
 
     keep_freed_memory()
     program = load_program(target, arguments)
-    trace = Trace(verify, eager, program.library, program.title)
+    trace = Trace(verify, eager, program.library, program.title, told)
     try:
-        with redirect_stdout(sys.stderr if quiet else sys.stdout), trace:
+        stream = sys.stderr if quiet else sys.stdout
+        with redirect_stdout(stream if told is None else told.beside(stream)), trace:
             program.run()
     except KiemError:
         raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from kiem.errors import ConfigError
@@ -28,12 +30,19 @@ class Trace:
 
     `verify=True` checks each gradient while the program runs, which needs no memory afterwards. A function compiled
     by torch.compile is one operation; `eager=True` runs it uncompiled instead, so that its inside is seen. An
-    exception of the program passes through; the trace then ends where it was raised."""
+    exception of the program passes through; the trace then ends where it was raised. `told` is called with a line on
+    what was verified so far."""
 
     def __init__(
-        self, verify: bool = False, eager: bool = False, library: tuple[str, ...] = (), title: str = "recorded program"
+        self,
+        verify: bool = False,
+        eager: bool = False,
+        library: tuple[str, ...] = (),
+        title: str = "recorded program",
+        told: Callable[[str], None] | None = None,
     ):
-        self._verifier = Verifier() if verify else None
+        self._verifier = Verifier(told=told) if verify else None
+        self._eager = eager
         kind = Recorder if eager else CompiledRecorder
         self._recorder = kind(library, self._verifier, None if verify else KEEP_BYTES)
         self.title = title
@@ -54,6 +63,12 @@ class Trace:
                 for name, v in failed.inputs
             ])  # fmt: skip
             self.graph.failure.explanation = explain_error(error, call) or ""
+            files = (frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__))
+            if self._eager and any("_higher_order_ops" in file for file in files):
+                self.graph.failure.explanation = (
+                    "torch.cond, scan, map and flex_attention compile what they are given; eager recording keeps them "
+                    "from it. Record without --eager (eager=True): each is one operation then."
+                )
 
     @property
     def graph(self) -> Graph:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -60,10 +61,11 @@ class Result:
 
 
 class Verifier:
-    """An observer of a Recorder. `result` fills as the program runs."""
+    """An observer of a Recorder. `result` fills as the program runs; `told` is called with a line on it."""
 
-    def __init__(self, end_to_end: bool = True):
+    def __init__(self, end_to_end: bool = True, told: Callable[[str], None] | None = None):
         self.result = Result()
+        self._told, self._count, self._calls = told, 0, 0
         self._end_to_end = end_to_end
         self._leaves: dict[tuple[int, int], torch.Tensor] = {}
         self._roots: dict[tuple[int, tuple], torch.Tensor] = {}
@@ -118,6 +120,10 @@ class Verifier:
             name, place = recorder.graph.ops[inner.op].label, recorder.graph.ops[inner.op].source
             verdict.verdict, verdict.text = "unchecked", f"its backward runs that of {name} at {place}, which is wrong"
         self.result.verdicts.append(verdict)
+        self._count += 1
+        if self._told is not None:
+            so_far = f"{self._count:,} operations checked, {len(self.result.wrong)} wrong"
+            self._told(f"verifying: backward call {self._calls + 1:,}, {so_far}")
         self._since[call.index] = len(self.result.verdicts)
         sources = {recorder.graph.ops[case.verdict.op].source for case in self.result.cases}
         if verdict.verdict == "wrong" and len(sources) < CASES and op.source not in sources:
@@ -136,6 +142,7 @@ class Verifier:
             began = time.perf_counter()
             self.end(recorder, call)
             self.result.seconds += time.perf_counter() - began
+        self._calls += 1
         self._leaves.clear()
         self._roots.clear()
         self._since.clear()

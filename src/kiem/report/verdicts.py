@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -15,12 +16,16 @@ from rich.text import Text
 
 from kiem.format import integer_text, printable
 from kiem.grad.check import InputVerdict, Verdict
-from kiem.grad.graph import Graph
+from kiem.grad.graph import Graph, Source
 from kiem.grad.verify import Result
 
 MOST_ROWS = 30  # of parameters, before they are folded by module
 ORDER = ("wrong", "unchecked", "hook", "kink", "ok", "zero")  # how bad, in a row of several
 NUMBERS = ("runs", "gradients", "error", "bound")
+MOST_UNITS = 1e12  # beyond it, units say nothing
+COARSE = 1e3  # units: a bound of a number without an element-wise reference is not a matter of rounding
+_PACKAGES = re.compile(r"[^\s(,'\"]*[\\/](?:site|dist)-packages[\\/]")
+_UNRECORDED = re.compile(r"(.+): made by no recorded operation; not checked by itself")
 STYLES = {"wrong": "bold red", "unchecked": "yellow", "ok": "green"}
 
 
@@ -46,14 +51,30 @@ def headline(graph: Graph, result: Result) -> str:
         op = graph.ops[result.wrong[0].op]
         others = len({v.op for v in result.wrong}) - 1
         more = f", and {_count(others, 'other operation')}" if others else ""
-        return f"Wrong: the gradient of {op.label} at {op.source}{more}. Checked: {what}."
+        return f"Wrong: the gradient of {op.label} at {_place(op.source)}{more}. Checked: {what}."
     if result.wrong_parameters:
         titles = {graph.title(v.value) for v in result.wrong_parameters}
         return f"Wrong: the whole gradient of {_list(sorted(titles))}; no single operation. Checked: {what}."
     if not checked:
         return "Nothing was checked: no backward call reached an operation that could be."
-    worst = max((i.units for v in checked for i in v.inputs if math.isfinite(i.units)), default=0.0)
-    return f"Every gradient is right: {what}; the largest error is {_units(worst)} times the precision."
+    worst = max((i.units for v in checked for i in v.inputs if math.isfinite(i.units) and not _coarse(i)), default=0.0)
+    end = f"; the largest error is {_units(worst)} times the precision."
+    if missing := _not_checked(result):
+        return f"Every gradient that could be checked is right: {what} (not checked: {', '.join(missing)}){end}"
+    return f"Every gradient is right: {what}{end}"
+
+
+def _not_checked(result: Result) -> list[str]:
+    """What the verdict does not speak of, in short."""
+    skipped = sum(v.verdict == "unchecked" for v in result.verdicts)
+    nodes = sum(_UNRECORDED.fullmatch(note) is not None for note in result.notes)
+    found = [_count(n, what) for n, what in ((skipped, "operation"), (nodes, "kind of backward node")) if n]
+    found = [text.replace("kind of backward nodes", "kinds of backward nodes") for text in found]
+    found += ["what torch.func differentiates"] if any(n.startswith("What torch.func") for n in result.notes) else []
+    calls = sum(note.startswith("End to end not checked") for note in result.notes)
+    if not result.parameters:
+        return [*found, "end to end"]
+    return [*found, f"end to end {_count(calls, 'backward call')}"] if calls else found
 
 
 def result_dict(graph: Graph, result: Result) -> dict[str, Any]:
@@ -107,18 +128,19 @@ def _first_wrong(graph: Graph, result: Result, write: _Writer) -> None:
     verdict = result.wrong[0]
     op = graph.ops[verdict.op]
     where = f"{op.label} in {op.module} ({op.module_class})" if op.module else op.label
-    rows = [("called at", str(op.source)), ("", op.source.text)]
+    rows = [("called at", _place(op.source)), ("", op.source.text)]
     if op.backward_source:
-        rows.append(("backward at", str(op.backward_source)))
+        rows.append(("backward at", _place(op.backward_source)))
     wrong = [i for i in verdict.inputs if i.verdict == "wrong"]
     for one in wrong[:3]:
         rows += _wrong_input(graph, one)
     if len(wrong) > 3:
         rows.append(("", f"{len(wrong) - 3} more arguments are wrong"))
-    others = list(dict.fromkeys(v.op for v in result.wrong if v.op != verdict.op))
-    rows += [("also wrong", f"{graph.ops[i].label} at {graph.ops[i].source}") for i in others[:5]]
-    if len(others) > 5:
-        rows.append(("", f"and {len(others) - 5} more"))
+    others = {v.op: graph.ops[v.op] for v in result.wrong if v.op != verdict.op}.values()
+    places = Counter(f"{op.label} at {_place(op.source)}" for op in others)
+    rows += [("also wrong", f"{place}{_times(count)}") for place, count in list(places.items())[:5]]
+    if len(places) > 5:
+        rows.append(("", f"and {len(places) - 5} more"))
     write.line(f"\nThe first wrong operation on the way back from the loss: {where}")
     write.fields(rows)
 
@@ -137,13 +159,18 @@ def _wrong_input(graph: Graph, wrong: InputVerdict) -> list[tuple[str, str]]:
     share = f", {integer_text(wrong.wrong_elements)} of {integer_text(math.prod(wrong.shape))} elements wrong"
     at = "" if wrong.element is None else f"[{', '.join(map(str, wrong.element))}] "
     rows = [("argument", f"{wrong.argument}{named}, {dtype}{list(wrong.shape)}{share if wrong.wrong_elements else ''}")]
-    if wrong.element is not None:
-        rows.append(("element", f"{at}expected {_exact(wrong.expected)}, got {_exact(wrong.got)}"))
-    elif wrong.got is None:
-        rows.append(("got", "None, which stands for zero"))
-    rows.append(("direction", f"numeric derivative {_exact(wrong.numeric)} ± {wrong.numeric_error:.1g}, "
-                              f"autograd {_exact(wrong.along)}"))  # fmt: skip
-    return [*rows, ("error", f"{_units(wrong.units)} units of precision; rounding explains {_units(wrong.bound)}")]
+    number = f"{_exact(wrong.numeric)} ± {wrong.numeric_error:.1g}"
+    if wrong.element is not None and wrong.wrong_elements:
+        rows.append(("element", f"{at}{_instead(wrong)}"))
+        rows.append(("direction", f"numeric derivative {number}, autograd {_exact(wrong.along)}"))
+    else:
+        rows += [("got", "None, which stands for zero")] if wrong.got is None else []
+        rows.append(("got", f"along a random direction: number {number}, autograd {_exact(wrong.along)}"))
+    if _measurable(wrong):
+        error, bound = _error_and_bound(wrong)
+        of = "" if _relative(wrong) else " units of precision"
+        rows.append(("error", f"{error}{of}; rounding explains {bound}"))
+    return rows
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -163,14 +190,16 @@ def _operations(graph: Graph, result: Result, write: _Writer) -> None:
 
 
 def _parameters(graph: Graph, result: Result, write: _Writer) -> None:
-    rows: dict[str, list[InputVerdict]] = {}
-    for _, verdict in result.parameters:
-        rows.setdefault(graph.title(verdict.value), []).append(verdict)
-    what, depth = "parameter", max((title.count(".") for title in rows), default=0)
+    what, rows = "parameter", _by_value(graph, result)
+    if len(rows) > MOST_ROWS:
+        what, rows = "parameters of", {}
+        for _, verdict in result.parameters:
+            rows.setdefault(graph.title(verdict.value), []).append(verdict)
+    depth = max((len(_parts(title)) for title in rows), default=1) - 1
     while len(rows) > MOST_ROWS and depth > 0:
-        what, folded = "parameters of", {}
+        folded: dict[str, list[InputVerdict]] = {}
         for title, verdicts in rows.items():
-            folded.setdefault(".".join(title.split(".")[:depth]), []).extend(verdicts)
+            folded.setdefault("".join(_parts(title)[:depth]), []).extend(verdicts)
         rows, depth = folded, depth - 1
     write.table(
         "\nParameters end to end: the worst error and its bound, in units of precision",
@@ -180,9 +209,28 @@ def _parameters(graph: Graph, result: Result, write: _Writer) -> None:
     )  # fmt: skip
 
 
+def _by_value(graph: Graph, result: Result) -> dict[str, list[InputVerdict]]:
+    """A row for each leaf; several of one name are numbered."""
+    rows: dict[str, list[InputVerdict]] = {}
+    of: dict[int, str] = {}
+    for _, verdict in result.parameters:
+        if verdict.value not in of:
+            title, number = graph.title(verdict.value), 1
+            while (name := title if number == 1 else f"{title}#{number}") in rows:
+                number += 1
+            of[verdict.value] = name
+        rows.setdefault(of[verdict.value], []).append(verdict)
+    return rows
+
+
+def _parts(title: str) -> list[str]:
+    """A name by levels: `net`, `.0`, `.weight`; `params`, `["0.weight"]`."""
+    return re.findall(r"\[[^\]]*\]|\.?[^.\[]+|.", title)
+
+
 def _remarks(graph: Graph, result: Result, write: _Writer) -> None:
     def place(verdict: Verdict) -> str:
-        return f"{graph.ops[verdict.op].label} at {graph.ops[verdict.op].source}"
+        return f"{graph.ops[verdict.op].label} at {_place(graph.ops[verdict.op].source)}"
 
     kinks = Counter(place(v) for v in result.verdicts if v.verdict == "kink")
     skipped = Counter(f"{place(v)}: {v.text}" for v in result.verdicts if v.verdict == "unchecked")
@@ -195,8 +243,19 @@ def _remarks(graph: Graph, result: Result, write: _Writer) -> None:
     for counter, shown, what in ((kinks, 10, "kinks at"), (skipped, 20, "not checked:")):
         if len(counter) > shown:
             write.line(f"{what} {len(counter) - shown} more places")
-    for note in result.notes:
-        write.line(f"note: {note}", "yellow")
+    for note in _joined(result.notes):
+        write.line(f"note: {_short(note)}", "yellow")
+
+
+def _joined(notes: list[str]) -> list[str]:
+    """Notes on nodes that nothing recorded made, as one: in the place of the first."""
+    nodes = [found[1] for note in notes if (found := _UNRECORDED.fullmatch(note))]
+    if len(nodes) < 2:
+        return notes
+    one = f"{len(nodes)} kinds of backward nodes were made by no recorded operation and not checked by themselves: "
+    first = next(i for i, note in enumerate(notes) if _UNRECORDED.fullmatch(note))
+    rest = [note for note in notes[first:] if not _UNRECORDED.fullmatch(note)]
+    return [*notes[:first], one + _list(nodes), *rest]
 
 
 def _checked_by(verdict: Verdict) -> str:
@@ -214,7 +273,40 @@ def _checked_by(verdict: Verdict) -> str:
 def _worst(verdicts: Iterable[InputVerdict]) -> tuple[str, str]:
     """Error and bound of the one that comes nearest to its bound, or is furthest beyond."""
     worst = max(verdicts, key=lambda v: (v.verdict == "wrong", v.units / v.bound if v.bound else v.units), default=None)
-    return ("-", "-") if worst is None else (_units(worst.units), _units(worst.bound))
+    if worst is None:
+        return "-", "-"
+    error, bound = _error_and_bound(worst)
+    return (error, bound) if _measurable(worst) else (_instead(worst), bound)
+
+
+def _error_and_bound(verdict: InputVerdict) -> tuple[str, str]:
+    """In units of precision, or relative to the number where only that was compared and the bound is far from what
+    rounding explains."""
+    unit = _relative(verdict)
+    if unit:
+        return f"{verdict.units * unit:.1g} relative", f"{verdict.bound * unit:.1g} relative"
+    return _units(verdict.units), _units(verdict.bound)
+
+
+def _coarse(verdict: InputVerdict) -> bool:
+    return not verdict.reference and verdict.bound > COARSE
+
+
+def _relative(verdict: InputVerdict) -> float:
+    """A unit as a part of the number along the direction; 0 if units are to be shown."""
+    known = _coarse(verdict) and verdict.units and math.isfinite(verdict.units) and verdict.numeric
+    return abs((verdict.along - verdict.numeric) / verdict.numeric) / verdict.units if known else 0.0
+
+
+def _measurable(verdict: InputVerdict) -> bool:
+    """Whether its error in units says something: not where the right value is 0."""
+    if None in (verdict.expected, verdict.got) or verdict.verdict != "wrong":
+        return True
+    return bool(verdict.expected) and verdict.units <= MOST_UNITS
+
+
+def _instead(verdict: InputVerdict) -> str:
+    return f"expected {_exact(verdict.expected)}, got {_exact(verdict.got)}"
 
 
 def _rank(verdicts: Iterable[Any]) -> int:
@@ -268,6 +360,15 @@ class _Writer:
             table.add_row(*(self.safe(text, style) for text, style in zip(row, styles, strict=True)))
         self.line(title, "bold")
         self.console.print(table)
+
+
+def _place(source: Source) -> str:
+    return _short(str(source))
+
+
+def _short(text: str) -> str:
+    """Files of installed packages without the folder that all of these are in."""
+    return _PACKAGES.sub("", text)
 
 
 def _units(x: float) -> str:
