@@ -1,6 +1,7 @@
 """What verification says: the first wrong operation, tables, JSON; any width and encoding; foreign text is harmless."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import runpy
@@ -60,6 +61,111 @@ def test_the_first_wrong_operation():
 
 def test_none_was_returned():
     assert "got None" in shown(*made(got=None)) and "which stands for zero" in shown(*made(got=None, element=None))
+
+
+def test_equal_operations_at_one_place_are_counted():
+    graph, result = made()
+    for line in (15, 15, 15, 16):
+        op = dataclasses.replace(graph.ops[0], index=len(graph.ops), source=Source("other.py", line, "f", "y"))
+        graph.ops.append(op)
+        result.verdicts.append(dataclasses.replace(result.verdicts[0], op=op.index))
+    text = " ".join(shown(graph, result).split())
+    assert "also wrong mul at other.py:15 (3 times) also wrong mul at other.py:16" in text
+    assert text.count("other.py:15") == 1 and "and 4 other operations" in text
+
+
+def test_files_of_packages_are_named_without_their_folder():
+    graph, result = made()
+    graph.ops[0].source = Source("/work/.venv/lib/python3.11/site-packages/pkg/sub/model.py", 7, "f", "y")
+    result.notes.append("seen at /a/dist-packages/x.py:3")
+    result.verdicts.append(Verdict(0, "unchecked", r"it ran at C:\v\Lib\site-packages\y.py:4"))
+    text = shown(graph, result, 200)
+    assert "Wrong: the gradient of mul at pkg/sub/model.py:7." in text and "seen at x.py:3" in text
+    assert "packages" not in text and "it ran at y.py:4" in text
+    assert "site-packages" in result_dict(graph, result)["operations"][0]["source"]
+
+
+@pytest.mark.parametrize(
+    ("expected", "units", "said"),
+    [(0.0, 3.9e42, "expected 0, got 0.25"), (0.0, 5.0, "expected 0, got 0.25"), (1e-30, 2e12, "expected 1e-30, got"),
+     (0.5, 1e12, "1.0e+12")],
+)  # fmt: skip
+def test_units_are_shown_where_they_say_something(expected, units, said):
+    text = " ".join(shown(*made(expected=expected, got=0.25000001, units=units), 120).split())
+    assert f"mul 1 {said}" in text and f"model.weight 1 {said}" in text
+    assert ("units of precision; rounding" in text) == ("expected" not in said)
+    assert "got 0.25000001" in text
+
+
+def test_a_complex_number_is_shown():
+    assert "expected 1+2j, got 3+0j" in shown(*made(expected="1+2j", got="3+0j"))
+
+
+def test_the_number_along_a_direction_decided():
+    graph, result = made(wrong_elements=0, reference="", expected=0.0, got=0.0)
+    text = " ".join(shown(graph, result, 120).split())
+    assert "along a random direction: number 2.5 ± 1e-12, autograd 1.5" in text and "element" not in text
+
+
+def test_a_coarse_bound_is_relative_to_the_number():
+    # autograd 1.5 against 2.5: 0.4 of the number in 2e5 units; a bound of 1e6 units is then 2 of it
+    graph, result = made(wrong_elements=0, reference="", element=None, units=2e5, bound=1e6)
+    result.verdicts[0].verdict = result.verdicts[0].inputs[0].verdict = "ok"
+    text = " ".join(shown(graph, result, 120).split())
+    assert "mul 1 0.4 relative 2 relative ok number, no closed form" in text
+    assert "the largest error is 0 times" in headline(graph, result)
+    result.verdicts[0].inputs[0].reference = "rule"
+    assert "mul 1 2.0e+05 1.0e+06 ok rule" in " ".join(shown(graph, result, 120).split())
+
+
+def test_what_was_not_checked_is_in_the_headline():
+    graph, result = made(units=0.5)
+    result.verdicts[0].verdict = result.verdicts[0].inputs[0].verdict = "ok"
+    end = "; the largest error is 0.5 times the precision."
+    what = "1 operation, 1 parameter end to end"
+    assert headline(graph, result) == f"Every gradient is right: {what}{end}"
+    result.verdicts += [Verdict(0, "unchecked", "why"), Verdict(0, "unchecked", "why")]
+    could = "Every gradient that could be checked is right"
+    assert headline(graph, result) == f"{could}: {what} (not checked: 2 operations){end}"
+    result.notes = ["End to end not checked for the backward call at a.py:3: why"]
+    assert "(not checked: 2 operations, end to end of 1 backward call)" in headline(graph, result)
+    result.parameters, result.notes = [], [f"{n}: made by no recorded operation; not checked by itself" for n in "AB"]
+    assert headline(graph, result) == (
+        f"{could}: 1 operation, 0 parameters end to end (not checked: 2 operations, 2 kinds of backward nodes, "
+        f"end to end){end}"
+    )
+
+
+def test_nodes_that_nothing_recorded_made_are_one_note():
+    graph, result = made()
+    result.notes = ["first", *(f"{n}Backward0: made by no recorded operation; not checked by itself" for n in "ABCDE"),
+                    "last"]  # fmt: skip
+    text = shown(graph, result, 300)
+    assert [line for line in text.splitlines() if line.startswith("note:")] == [
+        "note: first",
+        "note: 5 kinds of backward nodes were made by no recorded operation and not checked by themselves: "
+        "ABackward0, BBackward0, CBackward0 and 2 more",
+        "note: last",
+    ]
+    assert len(result_dict(graph, result)["notes"]) == 7
+
+
+def test_leaves_of_one_name_have_rows_of_their_own():
+    graph, result = made()
+    one = InputVerdict("", 1, "ok", torch.float32, units=0.25, bound=10.0)
+    graph.values.append(dataclasses.replace(graph.values[0], index=1))
+    result.parameters += [(1, one), (2, one)]
+    text = " ".join(shown(graph, result).split())
+    assert "model.weight 1 2.0e+06 12 wrong model.weight#2 2 0.25 10 ok" in text
+
+
+def test_entries_of_a_dict_are_folded_to_it():
+    graph, result = made()
+    result.parameters = []
+    for i in range(40):
+        graph.values.append(dataclasses.replace(graph.values[0], index=i + 1, name=f'params["{i}.weight"]'))
+        result.parameters.append((0, InputVerdict("", i + 1, "ok", torch.float32, units=0.5, bound=10.0)))
+    assert "params 40 0.5 10 ok" in " ".join(shown(graph, result).split())
 
 
 def test_json():

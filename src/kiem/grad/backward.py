@@ -314,20 +314,20 @@ def hook_lines(tensor: torch.Tensor) -> tuple[str, ...]:
 def mark_hooks(call: BackwardCall) -> None:
     """Where the contributions to a node's gradient do not add up to what arrived, a hook changed it."""
     seeded = set(call.root_keys)
-    for step, position, total, count in joins(call):
+    for step, position, total, size, count in joins(call):
         if (step.key if step.leaf is not None else (step.key[0], position)) in seeded:
             continue  # more arrived there than its users sent: what the call began with
         arrived = step.into[position]
         if arrived is None or arrived.sketch.shape != total.shape:
             continue
-        if not adds_up(total, arrived, count):
+        if not adds_up(total, size, arrived, count):
             step.changed_by_hook = True
 
 
 def joins(call: BackwardCall):
-    """(step, output position, sum of the sketches sent to it, how many) for each gradient that arrived from other
-    nodes."""
-    sums: dict[tuple, tuple[torch.Tensor, int]] = {}
+    """(step, output position, sum of the sketches sent to it, sum of their norms, how many) for each gradient that
+    arrived from other nodes."""
+    sums: dict[tuple, tuple[torch.Tensor, float, int]] = {}
     for step in call.steps:
         key = step.key if step.leaf is None else None
         for position in range(len(step.into)):
@@ -338,17 +338,17 @@ def joins(call: BackwardCall):
             if edge is not None and gradient_ is not None:
                 known = sums.get(edge)
                 if known is None:
-                    sums[edge] = gradient_.sketch, 1
+                    sums[edge] = gradient_.sketch, gradient_.stats.norm, 1
                 elif known[0].shape == gradient_.sketch.shape:
-                    sums[edge] = known[0] + gradient_.sketch, known[1] + 1
+                    sums[edge] = known[0] + gradient_.sketch, known[1] + gradient_.stats.norm, known[2] + 1
 
 
-def adds_up(total: torch.Tensor, arrived: Gradient, count: int) -> bool:
-    """Whether contributions give what arrived, up to the rounding of their sums (a sum of n numbers by halves: log2 n
-    roundings of terms whose root mean square is the norm's)."""
+def adds_up(total: torch.Tensor, size: float, arrived: Gradient, count: int) -> bool:
+    """Whether contributions, of norms whose sum is `size`, give what arrived, up to the rounding of their sums (a sum
+    of n numbers by halves: log2 n roundings of terms whose root mean square is the norm's)."""
     unit = torch.finfo(arrived.dtype).eps if arrived.dtype.is_floating_point else 1e-6
     numel = max(int(torch.Size(arrived.shape).numel()), 2)
-    scale = max(arrived.stats.norm, float(total.norm()))
+    scale = max(arrived.stats.norm, size)  # contributions may cancel
     bound = unit * (4 * count + numel.bit_length()) * scale
     error = float((total - arrived.sketch).abs().max()) if total.numel() else 0.0
     return not error > bound or arrived.stats.nonfinite > 0

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kiem.grad.graph import SMALL, Ref
+from kiem.grad.layouts import COMPRESSED, elements, held_by, regular
 
 INLINE = 64 << 10  # bytes of tensors written out
 _FOLDERS = {*(sysconfig.get_path(n) for n in ("stdlib", "purelib", "platlib")), os.path.dirname(torch.__file__)}
@@ -57,9 +58,11 @@ class _Space:
 
 
 class Code:
-    """Gathers definitions with all that they use, each after what it needs."""
+    """Gathers definitions with all that they use, each after what it needs. `place`: the device that stands for every
+    other one; None: they are written as they were."""
 
-    def __init__(self):
+    def __init__(self, place: str | None = None):
+        self.place = place
         self.imports: dict[str, None] = {}
         self.items: list[str] = []
         self.names: dict[str, Any] = {}  # what they stand for
@@ -112,7 +115,10 @@ class Code:
             return
         self._done.add(name)
         if isinstance(node, ast.Import | ast.ImportFrom) and _installed(getattr(node, "module", None) or value):
-            self.imports[ast.unparse(node)] = None
+            for alias in node.names:  # of those of a line, only what is needed
+                if _bound(alias) == name:
+                    part = ast.Import([alias]) if isinstance(node, ast.Import) else None
+                    self.imports[ast.unparse(part or ast.ImportFrom(node.module, [alias], node.level))] = None
         elif isinstance(value, types.ModuleType) and _installed(value):
             self.imports[f"import {value.__name__} as {name}"] = None
         elif isinstance(node, _DEFINITION):
@@ -122,9 +128,9 @@ class Code:
             made = self.bring(value)
             self._done.add(name)
             self.items += [] if made == name else [f"{name} = {made}"]
-        elif isinstance(value, Tensor) and value.nbytes <= INLINE:
-            self.items.append(f"{name} = {exact(value)}")
-        elif (constant := _constant(value)) is not None:
+        elif isinstance(value, Tensor) and held_by(value.detach()) * value.element_size() <= INLINE:
+            self.items.append(f"{name} = {exact(value, self.place)}")
+        elif (constant := _constant(value, self.place)) is not None:
             self.items.append(f"{name} = {constant}")
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             self._emit(space.source(node), space)
@@ -168,9 +174,13 @@ def _binds(node: ast.stmt) -> set[str]:
     if isinstance(node, _DEFINITION):
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):
-        return {a.asname or a.name.split(".")[0] for a in node.names}
+        return {_bound(alias) for alias in node.names}
     stores = ast.walk(node) if isinstance(node, ast.Assign | ast.AnnAssign) else ()
     return {n.id for n in stores if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def _bound(alias: ast.alias) -> str:
+    return alias.asname or alias.name.split(".")[0]
 
 
 def _free_names(table: symtable.SymbolTable, outermost: bool) -> set[str]:
@@ -186,15 +196,28 @@ def _installed(module: Any) -> bool:
     return name.split(".")[0] in sys.builtin_module_names or (file or "").startswith(_INSTALLED)
 
 
-def _constant(value: Any) -> str | None:
+def registers(device: str) -> str | None:
+    """The module that makes known to torch a device that torch does not know by itself."""
+    kind = device.split(":")[0]
+    module = getattr(torch, kind, None)
+    if kind != torch._C._get_privateuse1_backend_name() or module is None:
+        return None
+    functions = [f for f in vars(module).values() if isinstance(f, types.FunctionType)]
+    packages = [name.split(".")[0] for name in (module.__name__, *(f.__module__ for f in functions))]
+    return next((name for name in packages if name not in ("torch", "__main__")), None)
+
+
+def _constant(value: Any, place: str | None) -> str | None:
     try:
-        return expression(value, {})
+        return expression(value, {}, place=place)
     except CannotWrite:
         return None
 
 
-def expression(value: Any, names: dict[int, str], bring: Callable[[Any], str] | None = None) -> str:
-    """An argument as source; tensors by the `names` of their values."""
+def expression(
+    value: Any, names: dict[int, str], bring: Callable[[Any], str] | None = None, place: str | None = None
+) -> str:
+    """An argument as source; tensors by the `names` of their values, devices as they are or as `place`."""
     if isinstance(value, Ref) and value.value in names:
         return names[value.value]
     if value is None or type(value) in (bool, int, str, bytes, slice):
@@ -204,12 +227,12 @@ def expression(value: Any, names: dict[int, str], bring: Callable[[Any], str] | 
     if isinstance(value, torch.dtype | torch.memory_format | torch.layout):
         return str(value)
     if isinstance(value, torch.device):
-        return 'torch.device("cpu")'
+        return f'torch.device("{place or value}")'
     if type(value) in (list, tuple, torch.Size):
-        inner = ", ".join(expression(v, names, bring) for v in value)
+        inner = ", ".join(expression(v, names, bring, place) for v in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
     if type(value) is dict:
-        return f"dict({expression(list(value.items()), names, bring)})"
+        return f"dict({expression(list(value.items()), names, bring, place)})"
     if bring is not None and isinstance(value, types.FunctionType | type):
         return bring(value)
     raise CannotWrite(f"an argument of type {type(value).__name__} cannot be written as source")
@@ -218,8 +241,12 @@ def expression(value: Any, names: dict[int, str], bring: Callable[[Any], str] | 
 # -- tensors -----------------------------------------------------------------------------------------------------------
 
 
-def exact(tensor: Tensor) -> str:
-    """An expression that makes this tensor, to the bit."""
+def exact(tensor: Tensor, place: str | None = None) -> str:
+    """An expression that makes this tensor, to the bit, where it was or at `place`."""
+    place = place or str(tensor.device)
+    if not regular(tensor):
+        _check_layout(tensor)
+        return assembled(tensor, exact(elements(tensor), place), lambda index: exact(index, place))
     tensor = tensor.detach().cpu().resolve_conj()
     kept = tensor[tuple(slice(0, 1 if stride == 0 else None) for stride in tensor.stride())]  # one, of what is expanded
     shape = tuple(kept.shape)
@@ -230,23 +257,55 @@ def exact(tensor: Tensor) -> str:
     else:
         text = base64.b64encode(kept.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
         made = f'torch.frombuffer(bytearray(b64decode("{text}")), dtype={kept.dtype}).reshape({shape})'
-    return f"{made}.expand({tuple(tensor.shape)})" if shape != tensor.shape else _laid_out(made, tensor)
+    if shape != tensor.shape:
+        return f"{made}{_to(place)}.expand({tuple(tensor.shape)})"
+    return _laid_out(made, tensor, place)
 
 
-def like(tensor: Tensor) -> str:
-    """An expression for random numbers of the same shape, type and scale."""
+def like(tensor: Tensor, place: str | None = None) -> str:
+    """An expression for random numbers of the same shape, type and scale, where it was or at `place`."""
+    place = place or str(tensor.device)
     shape, flat = tuple(tensor.shape), tensor.detach().cpu().reshape(-1)
     if not (tensor.is_floating_point() or tensor.is_complex()):
-        return f"torch.randint({int(flat.min())}, {int(flat.max()) + 1}, {shape}).to({tensor.dtype})"
+        return f"torch.randint({int(flat.min())}, {int(flat.max()) + 1}, {shape}).to({tensor.dtype}){_to(place)}"
     size = flat.abs().double()
     size = size[size.isfinite()].square().mean().sqrt().item()
     kind = "randn" if tensor.is_complex() or bool((flat < 0).any()) else "rand"  # what is positive may have to be
     dtype = torch.complex128 if tensor.is_complex() else torch.float64
-    return _laid_out(f"(torch.{kind}({shape}, dtype={dtype}) * {size:.3g}).to({tensor.dtype})", tensor)
+    return _laid_out(f"(torch.{kind}({shape}, dtype={dtype}) * {size:.3g}).to({tensor.dtype})", tensor, place)
 
 
-def _laid_out(made: str, tensor: Tensor) -> str:
+def assembled(tensor: Tensor, held: str, index: Callable[[Tensor], str]) -> str:
+    """An expression that makes a tensor that is not strided, from the source of its elements. `index`: the source of a
+    tensor that says where they stand."""
+    _check_layout(tensor)
+    shape = tuple(tensor.shape) if not tensor.is_nested else ()
+    if tensor.layout == torch.sparse_coo:
+        known = ", is_coalesced=True" if tensor.is_coalesced() else ""
+        return f"torch.sparse_coo_tensor({index(tensor.detach().coalesce().indices())}, {held}, {shape}{known})"
+    if tensor.layout in COMPRESSED:
+        rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+        outer = tensor.crow_indices() if rows else tensor.ccol_indices()
+        inner = tensor.col_indices() if rows else tensor.row_indices()
+        return f"{tensor.layout}_tensor({index(outer)}, {index(inner)}, {held}, {shape})"
+    lengths = "" if tensor.lengths() is None else f", {index(tensor.lengths())}"
+    ragged = "" if tensor._ragged_idx == 1 else f", jagged_dim={tensor._ragged_idx}"
+    return f"torch.nested.nested_tensor_from_jagged({held}, {index(tensor.offsets())}{lengths}{ragged})"
+
+
+def _check_layout(tensor: Tensor) -> None:
+    if tensor.layout not in (torch.sparse_coo, *COMPRESSED, torch.jagged):
+        layout = "nested and not jagged" if tensor.is_nested else f"laid out as {tensor.layout}"
+        raise CannotWrite(f"a tensor that is {layout} cannot be written as source")
+
+
+def _laid_out(made: str, tensor: Tensor, place: str) -> str:
     """Backward may depend on the strides."""
     if tensor.is_contiguous() or 0 in tensor.stride():
-        return made
-    return f"torch.empty_strided({tuple(tensor.shape)}, {tensor.stride()}, dtype={tensor.dtype}).copy_({made})"
+        return made + _to(place)
+    where = "" if place == "cpu" else f', device="{place}"'
+    return f"torch.empty_strided({tuple(tensor.shape)}, {tensor.stride()}, dtype={tensor.dtype}{where}).copy_({made})"
+
+
+def _to(place: str) -> str:
+    return "" if place == "cpu" else f'.to("{place}")'

@@ -132,15 +132,15 @@ def traceback_source(error: BaseException, lines: Lines) -> Source | None:
 def variables(frame: FrameType) -> tuple[list[tuple[str, torch.Tensor]], list[tuple[str, torch.Tensor]]]:
     """What a frame calls tensors: its variables, and entries of its dicts and lists (`params["w1"]`, `ws[0]`). Entries
     that all have a variable of their own are left out."""
-    local = [(n, v) for n, v in list(frame.f_locals.items()) if not n.startswith("__")]
-    own = [(n, v) for n, v in local if isinstance(v, torch.Tensor)]
-    held, shown = [], None
-    for name, value in local:
-        entries = _entries(name, value) if type(value) in _CONTAINERS and value else ()
-        if entries:
-            shown = {id(t) for _, t in own} if shown is None else shown
-            held += () if all(id(t) in shown for _, t in entries) else entries
-    return own, held
+    own, held = [], []
+    for name, value in list(frame.f_locals.items()):
+        if type(value) in _CONTAINERS:
+            held.append((name, value))
+        elif isinstance(value, torch.Tensor) and not name.startswith("__"):
+            own.append((name, value))
+    lists = [entries for name, value in held if value and (entries := _entries(name, value))]
+    known = {id(tensor) for _, tensor in own} if lists else ()
+    return own, [e for entries in lists if not all(id(t) in known for _, t in entries) for e in entries]
 
 
 def _entries(name: str, container: dict | list | tuple) -> list[tuple[str, torch.Tensor]]:

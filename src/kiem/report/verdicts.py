@@ -68,13 +68,13 @@ def _not_checked(result: Result) -> list[str]:
     """What the verdict does not speak of, in short."""
     skipped = sum(v.verdict == "unchecked" for v in result.verdicts)
     nodes = sum(_UNRECORDED.fullmatch(note) is not None for note in result.notes)
-    found = [_count(n, what) for n, what in ((skipped, "operation"), (nodes, "kind of backward node")) if n]
-    found = [text.replace("kind of backward nodes", "kinds of backward nodes") for text in found]
+    found = [_count(skipped, "operation")] if skipped else []
+    found += [f"{_count(nodes, 'kind')} of backward nodes"] if nodes else []
     found += ["what torch.func differentiates"] if any(n.startswith("What torch.func") for n in result.notes) else []
     calls = sum(note.startswith("End to end not checked") for note in result.notes)
     if not result.parameters:
         return [*found, "end to end"]
-    return [*found, f"end to end {_count(calls, 'backward call')}"] if calls else found
+    return [*found, f"end to end of {_count(calls, 'backward call')}"] if calls else found
 
 
 def result_dict(graph: Graph, result: Result) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def _remarks(graph: Graph, result: Result, write: _Writer) -> None:
     for what, count in kinks.most_common(10):
         write.line(f"kink: {what}{_times(count)} met a point without a derivative; autograd's choice is allowed")
     for what, count in skipped.most_common(20):
-        write.line(f"not checked: {what}{_times(count)}", "yellow")
+        write.line(f"not checked: {_short(what)}{_times(count)}", "yellow")
     for counter, shown, what in ((kinks, 10, "kinks at"), (skipped, 20, "not checked:")):
         if len(counter) > shown:
             write.line(f"{what} {len(counter) - shown} more places")
@@ -276,7 +276,7 @@ def _worst(verdicts: Iterable[InputVerdict]) -> tuple[str, str]:
     if worst is None:
         return "-", "-"
     error, bound = _error_and_bound(worst)
-    return (error, bound) if _measurable(worst) else (_instead(worst), bound)
+    return (error, bound) if _measurable(worst) else (_instead(worst, 3), bound)
 
 
 def _error_and_bound(verdict: InputVerdict) -> tuple[str, str]:
@@ -305,8 +305,8 @@ def _measurable(verdict: InputVerdict) -> bool:
     return bool(verdict.expected) and verdict.units <= MOST_UNITS
 
 
-def _instead(verdict: InputVerdict) -> str:
-    return f"expected {_exact(verdict.expected)}, got {_exact(verdict.got)}"
+def _instead(verdict: InputVerdict, digits: int = 9) -> str:
+    return f"expected {_exact(verdict.expected, digits)}, got {_exact(verdict.got, digits)}"
 
 
 def _rank(verdicts: Iterable[Any]) -> int:
@@ -377,8 +377,8 @@ def _units(x: float) -> str:
     return f"{x:.2g}" if x < 1000 else f"{x:.1e}"
 
 
-def _exact(x: float | None) -> str:
-    return "None" if x is None else f"{x:.9g}"
+def _exact(x: float | str | None, digits: int = 9) -> str:
+    return str(x) if x is None or isinstance(x, str) else f"{x:.{digits}g}"  # a complex number is text
 
 
 def _count(n: int, what: str) -> str:
