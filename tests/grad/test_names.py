@@ -1,10 +1,13 @@
 """What tensors and modules are called: by the outermost module around them, and by the user's dicts and lists."""
 
+import sys
+import types
+
 import torch
 from torch import nn
 
 from kiem.grad.record import Recorder
-from kiem.grad.source import MOST_ENTRIES, variables
+from kiem.grad.source import MOST_ENTRIES, source_of, variables
 from kiem.grad.verify import Verifier
 
 
@@ -153,3 +156,11 @@ def test_each_parameter_of_a_loop_is_verified_under_its_own_name():
         program()
     found = [recorder.graph.title(v.value) for _, v in seen.result.parameters]
     assert sorted(found) == sorted(both("net.layers.0", "net.layers.1"))
+
+
+def test_a_line_of_a_notebook_is_named_by_its_cell(monkeypatch):
+    file = "/tmp/ipykernel_1/1822453615.py"
+    shell = types.SimpleNamespace(compile=types.SimpleNamespace(_filename_map={file: 3}))
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    assert str(source_of(file, 5, "<module>")) == "In[3]:5"
+    assert str(source_of("/tmp/ipykernel_1/other.py", 5, "<module>")) == "/tmp/ipykernel_1/other.py:5"

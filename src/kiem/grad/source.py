@@ -86,13 +86,20 @@ def inside(frame: FrameType | None, region: str) -> bool:
 def source_of(code_file: str, line: int, function: str) -> Source:
     """A Source with the text of its line. The file is named relative to the working folder where that is shorter."""
     text = linecache.getline(code_file, line).strip()
-    name = code_file
-    if os.path.isabs(code_file):
+    name = _cell(code_file) or code_file
+    if os.path.isabs(name):
         relative = (
             os.path.relpath(code_file) if os.path.splitdrive(code_file)[0] == os.path.splitdrive(os.getcwd())[0] else ""
         )
         name = relative if relative and not relative.startswith(os.pardir) else code_file
     return Source(name, line, function, text)
+
+
+def _cell(code_file: str) -> str | None:
+    """What a notebook calls the cell that a file stands for: In[3]."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    number = getattr(getattr(shell, "compile", None), "_filename_map", {}).get(code_file)
+    return None if number is None else f"In[{number}]"
 
 
 def at(frame: FrameType | None) -> Source:

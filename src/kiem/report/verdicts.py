@@ -141,6 +141,10 @@ def _first_wrong(graph: Graph, result: Result, write: _Writer) -> None:
     rows += [("also wrong", f"{place}{_times(count)}") for place, count in list(places.items())[:5]]
     if len(places) > 5:
         rows.append(("", f"and {len(places) - 5} more"))
+    if op.kind == "function":
+        rows.append(("if meant so", "(straight-through, reversed gradients): surrogate_gradient = True in its class"))
+    elif op.kind == "compiled":
+        rows.append(("its inside", "is shown by --eager"))
     write.line(f"\nThe first wrong operation on the way back from the loss: {where}")
     write.fields(rows)
 
