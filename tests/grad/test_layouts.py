@@ -6,7 +6,7 @@ import torch
 from kiem.grad import layouts
 from kiem.grad.layouts import at_elements, elements, sums_modulo, with_elements, written_out
 from kiem.grad.precision import unit_of_products
-from kiem.grad.written_out import attention, lstm_layer, without_out
+from kiem.grad.written_out import attention, grouped_mm, lstm_layer, without_out
 
 
 def dense():
@@ -102,6 +102,18 @@ def test_attention_written_out_is_torchs(heads, causal):
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     given, sums = attention(q, k, v, causal=causal)
     assert torch.allclose(given, expected, rtol=0, atol=1e-13) and sums.shape == (2, 4, 6)
+
+
+@pytest.mark.parametrize(
+    "shapes", [((12, 8), (3, 8, 4)), ((3, 4, 8), (8, 12)), ((4, 12), (12, 8)), ((3, 4, 8), (3, 8, 4))]
+)
+def test_grouped_products_written_out_are_torchs(shapes):
+    torch.manual_seed(0)
+    a, b = (torch.randn(shape) for shape in shapes)
+    offs = None if a.dim() == 3 == b.dim() else torch.tensor([3, 8, 12], dtype=torch.int32)
+    columns = b.mT.contiguous().mT  # torch wants them so
+    (given,) = grouped_mm(a.double(), columns.double(), offs)
+    assert torch.allclose(given.float(), torch.ops.aten._grouped_mm(a, columns, offs), rtol=1e-5, atol=1e-5)
 
 
 def test_an_operation_that_writes_its_result_has_one_that_returns_it():

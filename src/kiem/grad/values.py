@@ -138,6 +138,8 @@ class ValueTable:
             # Autograd took the result apart to save it and puts it back where it belongs: no gradient is cut off.
             op.name, op.call = "aten.alias.default", (torch.ops.aten.alias.default, *op.call[1:])
         sequence, shown = tensor.grad_fn._sequence_nr(), self.graph.values[value]
+        if op is not None and op.mutates and op.sequence is not None and op.sequence & LOW == sequence + 1:
+            op.sequence -= 1  # between its node and itself autograd cloned what it changes, to keep that
         while op is not None:
             if op.sequence is not None and op.sequence & LOW == sequence:
                 tensor.grad_fn.metadata[MADE_BY] = op  # whatever other threads call their nodes

@@ -6,6 +6,7 @@ Shapes: T time, B batch, I input size, H hidden size or heads, S positions, E fe
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,9 +52,27 @@ def binary_cross_entropy(x, target, weight=None, reduction=1) -> tuple[Tensor]:
     return (torch.ops.aten.binary_cross_entropy(x.clamp(0, 1), target.clamp(0, 1), weight, reduction),)
 
 
+def grouped_mm(a, b, offs=None, bias=None, out_dtype=None) -> tuple[Tensor]:
+    """Products of matrices of groups: rows of `a`, columns of `b` or both are cut at `offs`; where neither is, both are
+    stacks."""
+    if bias is not None:
+        raise NotImplementedError("grouped products with a bias")
+    if offs is None:
+        return (a @ b,)
+    cuts = [0, *offs.tolist()]
+    groups = [slice(*ends) for ends in itertools.pairwise(cuts)]
+    if a.dim() == 2 and b.dim() == 2:
+        return (torch.stack([a[:, part] @ b[part] for part in groups]),)
+    if a.dim() == 2:
+        rest = a.new_zeros(len(a) - cuts[-1], b.shape[-1])  # what is beyond the last group belongs to none
+        return (torch.cat([*(a[part] @ matrix for part, matrix in zip(groups, b, strict=True)), rest]),)
+    return (torch.cat([matrix @ b[:, part] for part, matrix in zip(groups, a, strict=True)], 1),)
+
+
 # The arguments of each are those of its schema; dropout is none, or the operation is random and not run again.
 WRITTEN_OUT: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "mkldnn_rnn_layer": lstm_layer, "binary_cross_entropy": binary_cross_entropy,
+    "_grouped_mm": grouped_mm,
     "_scaled_dot_product_flash_attention": lambda q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *,
     scale=None: attention(q, k, v, None, is_causal, scale),
     "_scaled_dot_product_efficient_attention": lambda q, k, v, attn_bias=None, compute_log_sumexp=False, dropout_p=0.0,
