@@ -92,7 +92,10 @@ class BackwardHooks:
         frame, _ = recorder.lines.find(sys._getframe(2))
         wanted = tuple(args[3]) if len(args) > 3 and args[3] else ()
         call, handles = None, []
-        with recorder.pause(), recorder.looking("a backward call", frame):
+        if not self._calls:
+            for left_by_a_failure in (self._accumulated, recorder.local.kernels, recorder.local.nodes):
+                left_by_a_failure.clear()
+        with recorder.pause(), recorder.lock, recorder.looking("a backward call", frame):
             recorder.table.name_locals(frame)
             call = self._call([t for t in t_outputs if isinstance(t, torch.Tensor)], frame)
             call.partial = bool(wanted)
@@ -129,15 +132,14 @@ class BackwardHooks:
     def _ended(self, call: BackwardCall, wanted: tuple, result: Any) -> None:
         self._take_results(call, wanted, result)
         mark_hooks(call)
-        if not call.nested:
-            for parameter in self._accumulated:
-                self._left[id(parameter)] = weakref.ref(parameter), _state(parameter.grad)
-            self._accumulated.clear()
-        if not call.nested:
-            self._gradients.clear()
-            if self._recorder.observer is not None:
-                self._recorder.observer.backward_ended(self._recorder, call)
-            self._recorder.step_ended()
+        if call.nested:
+            return
+        for parameter in self._accumulated:
+            self._left[id(parameter)] = weakref.ref(parameter), _state(parameter.grad)
+        self._gradients.clear()
+        if self._recorder.observer is not None:
+            self._recorder.observer.backward_ended(self._recorder, call)
+        self._recorder.step_ended()
 
     def _resolve(self, nodes: list) -> dict[Any, tuple[tuple, Op | None, tuple]]:
         """Of each node its key, the operation whose derivative it is, and where its gradients go. `nodes`: those that
@@ -211,13 +213,15 @@ class BackwardHooks:
             del recorder.local.nodes[-1:]
             where = op.source if op else call.source
             with recorder.pause(), torch.no_grad(), recorder.looking(f"the gradient of {node.name()}", where):
-                step = Step(
-                    op.index if op else None, node.name(), key, leaf, tuple(map(self._gradient, into)),
-                    () if leaf is not None else tuple(map(self._gradient, out)), edges, kernels,
-                )  # fmt: skip
-                call.steps.append(step)
-                if leaf is not None and into[0] is not None:
-                    call.leaf_grads[leaf] = step.into[0]
+                with recorder.lock:
+                    step = Step(
+                        op.index if op else None, node.name(), key, leaf, tuple(map(self._gradient, into)),
+                        () if leaf is not None else tuple(map(self._gradient, out)), edges, kernels,
+                    )  # fmt: skip
+                    call.steps.append(step)
+                    if leaf is not None and into[0] is not None:
+                        call.leaf_grads[leaf] = step.into[0]
+                # A check runs backward itself, maybe in the thread that waits for the lock.
                 if recorder.observer is not None:
                     recorder.observer.node_ran(recorder, step, op, node, into, out)
                 elif recorder.kept.limit != 0:

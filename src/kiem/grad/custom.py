@@ -39,7 +39,7 @@ def wrap_functions(recorder: Recorder) -> Callable[[], None]:
 def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
     frame, region = recorder.lines.find(sys._getframe(2))
     op, tensors = None, []
-    with recorder.pause(), recorder.looking(cls.__name__, frame):
+    with recorder.pause(), recorder.lock, recorder.looking(cls.__name__, frame):
         recorder.table.name_locals(frame)
         op, tensors = _operation(recorder, cls, args, kwargs, frame, region)
         versions = [recorder.table.storage_of(t).version for t in tensors]
@@ -54,7 +54,7 @@ def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
         raise
     finally:
         recorder.local.parents.pop()
-    with recorder.pause(), recorder.looking(cls.__name__, frame):
+    with recorder.pause(), recorder.lock, recorder.looking(cls.__name__, frame):
         changed = [
             v
             for t, (_, v), n in zip(tensors, op.inputs, versions, strict=True)

@@ -69,7 +69,7 @@ class Recorder(TorchDispatchMode):
         self.modules = source.ModulePaths(self.lines, self)
         self.observer = observer
         self.local = Local()
-        self.lock = threading.RLock()
+        self.lock = threading.RLock()  # around what changes the graph, never around what runs operations
         self.numbers = Numbers()
         self.by_sequence: dict[int, list[int]] = {}  # what a thread calls a node -> operations that may have made it
         self.kept = Kept(keep)
@@ -110,7 +110,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self.note("What is captured in a CUDA graph cannot be looked at: it is not recorded.")
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         if self.local.paused or len(self.graph.ops) >= MAX_OPS or not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)  # among them the higher-order operations, whose inside reaches us by itself
         sign = signature(func)
@@ -136,7 +136,7 @@ class Recorder(TorchDispatchMode):
         if self._one_of_many(func, frame, region, written):
             return self._unrecorded(func, args, kwargs, written)
         op = None
-        with self.looking(str(func), frame):
+        with self.lock, self.looking(str(func), frame):
             op = self._operation(func, sign, args, kwargs, frame, region)
             self.graph.ops.append(op)
             self._before_write(written)
@@ -147,7 +147,7 @@ class Recorder(TorchDispatchMode):
                 op.error = str(error)
             raise
         if op is not None:
-            with self.looking(str(func), frame):
+            with self.lock, self.looking(str(func), frame):
                 arrived(sign, args, kwargs, out)
                 if op.edges and number > 0:
                     op.sequence = self.numbers.number(number - 1)
@@ -237,8 +237,7 @@ class Recorder(TorchDispatchMode):
     def looking(self, what: str, where: FrameType | Source | None) -> Iterator[None]:
         """Within it, what fails is ours: it is noted, and the program goes on."""
         try:
-            with self.lock:
-                yield
+            yield
         except Exception as error:
             self.failed(what, where if isinstance(where, Source) else source.at(where), error)
 
