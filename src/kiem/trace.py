@@ -188,7 +188,7 @@ class Verification:
         return [str(self._graph.ops[v.op].source) for v in self.result.wrong]
 
     def minimal_programs(self) -> list[str]:
-        """For the first wrong operations: a standalone program each that shows the error. Each is run once, to be
+        """For the first wrong operations: a standalone program each that shows the error, tried beforehand to be
         sure."""
         from kiem.grad.minimal import minimal_program
 
