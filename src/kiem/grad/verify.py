@@ -65,7 +65,7 @@ class Verifier:
 
     def __init__(self, end_to_end: bool = True, told: Callable[[str], None] | None = None):
         self.result = Result()
-        self._told, self._count, self._calls = told, 0, 0
+        self._told, self._count, self._wrong, self._calls = told, 0, 0, 0
         self._end_to_end = end_to_end
         self._leaves: dict[tuple[int, int], torch.Tensor] = {}
         self._roots: dict[tuple[int, tuple], torch.Tensor] = {}
@@ -120,10 +120,10 @@ class Verifier:
             name, place = recorder.graph.ops[inner.op].label, recorder.graph.ops[inner.op].source
             verdict.verdict, verdict.text = "unchecked", f"its backward runs that of {name} at {place}, which is wrong"
         self.result.verdicts.append(verdict)
-        self._count += 1
+        self._count, self._wrong = self._count + 1, self._wrong + (verdict.verdict == "wrong")
         if self._told is not None:
-            so_far = f"{self._count:,} operations checked, {len(self.result.wrong)} wrong"
-            self._told(f"verifying: backward call {self._calls + 1:,}, {so_far}")
+            self._told(f"verifying: backward call {self._calls + 1:,}, {self._count:,} operations checked, "
+                       f"{self._wrong} wrong")  # fmt: skip
         self._since[call.index] = len(self.result.verdicts)
         sources = {recorder.graph.ops[case.verdict.op].source for case in self.result.cases}
         if verdict.verdict == "wrong" and len(sources) < CASES and op.source not in sources:
