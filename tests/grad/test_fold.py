@@ -98,6 +98,24 @@ def test_steps_that_are_all_different_are_bounded(monkeypatch):
     assert w.grad[0] == 120  # the program is as it was
 
 
+def test_a_step_sees_what_folded_ones_have_changed():
+    """With two backward calls per update the row that repeats is (second, first): the weights that the next second one
+    reads were changed in a step that is folded away."""
+    net = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(net.parameters(), 0.5)
+    verifier = Verifier()
+
+    def program():
+        for _ in range(6):
+            for _ in range(2):
+                net(torch.randn(2, 3)).square().sum().backward()
+            optimizer.step()
+
+    recorder = recorded(program, verifier)
+    assert recorder.graph.repeats
+    assert [v.text for v in verifier.ended().verdicts if v.verdict == "unchecked"] == []
+
+
 def test_a_wrong_step_is_not_dropped(monkeypatch):
     monkeypatch.setattr(fold, "MANY_OPS", 0)
 

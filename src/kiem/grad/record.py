@@ -259,7 +259,8 @@ class Recorder(TorchDispatchMode):
                 continue
             value = self.table.new(tensor, op.index, i)
             value.base = inputs.get(value.storage)
-            if value.base is not None and self.graph.values[value.base].numel == value.numel:
+            known = value.base is not None and value.base not in self.table.stale
+            if known and self.graph.values[value.base].numel == value.numel:
                 value.stats = self.graph.values[value.base].stats
             yield value.index
             if value.stats is None:

@@ -37,6 +37,7 @@ class ValueTable:
         self.graph = graph
         self._numbers = numbers
         self._count = 0  # of storages
+        self.stale: set[int] = set()  # values that stand for those of later passes of a loop: their statistics are not
         self._modules = modules
         self._storages: dict[int, tuple[StorageWeakRef, Storage]] = {}
         self._objects: dict[int, _Seen] = {}
@@ -179,8 +180,10 @@ class ValueTable:
     def forget(self, values: int, by: int | None) -> None:
         """Values from `values` on are now those `by` earlier, or None: unknown. What no longer lives is let go of."""
         later = [known for known in (*self._objects.values(), *self._places.values()) if known.value >= values]
+        self.stale = {v for v in self.stale if v < values}
         for known in later if by is not None else ():
             known.value -= by
+            self.stale.add(known.value)
         self._objects = {
             i: known for i, known in self._objects.items() if known.reference() is not None and known.value < values
         }
