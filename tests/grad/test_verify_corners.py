@@ -141,7 +141,26 @@ def changed_in_place_and_kept():
     top.square().sum().backward()
 
 
+def networks_in_turn():
+    """As in a GAN's loop: labels are filled anew, and one network changes between two passes of the other."""
+    maker, labels = nn.Linear(3, 4), torch.ones(5)
+    judge = nn.Sequential(nn.Linear(4, 6), nn.ReLU(True), nn.Linear(6, 1))
+    optimizer = torch.optim.Adam(judge.parameters(), 0.1)
+
+    def loss(x):
+        return F.binary_cross_entropy(judge(x).sigmoid().view(-1), labels)
+
+    loss(torch.randn(5, 4)).backward()
+    made = maker(torch.randn(5, 3)).tanh()
+    labels.fill_(0.0)
+    loss(made.detach()).backward()
+    optimizer.step()
+    labels.fill_(1.0)
+    loss(made).backward()
+
+
 RIGHT = {
+    "networks in turn": networks_in_turn,
     "changed in place and kept": changed_in_place_and_kept,
     "mask -1e9": lambda: masked_softmax(-1e9), "mask -max": lambda: masked_softmax(-torch.finfo(torch.float32).max),
     "added mask": added_mask, "padding": padding, "tied padding": tied_padding,

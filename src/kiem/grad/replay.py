@@ -20,6 +20,8 @@ COMPARING = frozenset(
     {"amax", "amin", "max", "min", "scatter_reduce", "median", "nanmedian", "aminmax", "linalg_vector_norm"}
 )
 
+OVERWRITING = {"fill_", "zero_", "copy_"}
+
 # Backward operations of norms: which arguments are the mean and the reciprocal deviation of the input.
 NORMS_BACKWARD = {
     "native_batch_norm_backward": (5, 6), "native_layer_norm_backward": (3, 4), "native_group_norm_backward": (2, 3),
@@ -150,6 +152,7 @@ def _random(op: Op, tensors: Tensors, recorded: Tensors) -> tuple[torch.Tensor |
 
 def leading_to(graph: Graph, ops: Iterable[Op], values: Iterable[int]) -> list[Op]:
     """Those of the operations that the values depend on: what wrote memory that a needed operation read."""
+    values = list(values)
     storages = {graph.values[v].storage for v in values}
     families: set[int] = set()
     chosen: list[Op] = []
@@ -161,7 +164,20 @@ def leading_to(graph: Graph, ops: Iterable[Op], values: Iterable[int]) -> list[O
             families.add(op.index if op.kind != "op" else op.parent)
         chosen.append(op)
         storages |= {graph.values[v].storage for _, v in op.inputs}
-    return chosen[::-1]
+    return list(_without_idle_views(graph, chosen, values))[::-1]
+
+
+def _without_idle_views(graph: Graph, backwards: list[Op], values: Iterable[int]) -> Iterator[Op]:
+    """Of operations, the last first, leave out those that only show memory in a way that none of the others looks
+    at."""
+    read = set(values)
+    for op in backwards:
+        views = all(graph.values[v].base is not None for v in op.outputs)
+        if op.kind == "op" and op.parent is None and not op.mutates and views and read.isdisjoint(op.outputs):
+            continue
+        for _, v in op.inputs:
+            read |= {v, graph.values[v].base}  # through which it may be found
+        yield op
 
 
 def flatten(tree: Any) -> Iterator[torch.Tensor]:
@@ -193,9 +209,10 @@ class Replay:
         """All values, from those `given`; others come from the recording. `noise` is laid on each result."""
         tensors: Tensors = dict(given)
         for op in self.ops:
-            for _, value in op.inputs:
+            for name, value in op.inputs:
                 if value not in tensors:
-                    tensors[value] = self._find(value, tensors)
+                    overwritten = name == "self" and op.label in OVERWRITING and value not in self.recorded
+                    tensors[value] = self._blank(value) if overwritten else self._find(value, tensors)
             for value in _written(op) if op.mutates and op.kind == "op" else ():
                 if self._alone(value, op.index):
                     # Nobody sees this memory through a view: a copy keeps what autograd has saved of it.
@@ -218,6 +235,12 @@ class Replay:
                         output = noise(output)
                     tensors[value] = output
         return tensors
+
+    def _blank(self, index: int) -> torch.Tensor:
+        """In place of a tensor of which nothing is left to read."""
+        value = self.graph.values[index]
+        blank = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+        return widen(blank) if self.wide else blank
 
     def _alone(self, value: int, op: int) -> bool:
         """Whether there was no view of this memory yet."""
