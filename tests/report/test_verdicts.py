@@ -76,7 +76,7 @@ def test_equal_operations_at_one_place_are_counted():
 
 def test_files_of_packages_are_named_without_their_folder():
     graph, result = made()
-    graph.ops[0].source = Source("/work/.venv/lib/python3.11/site-packages/pkg/sub/model.py", 7, "f", "y")
+    graph.ops[0].source = Source("/home/me/.venv/lib/python3.11/site-packages/pkg/sub/model.py", 7, "f", "y")
     result.notes.append("seen at /a/dist-packages/x.py:3")
     result.verdicts.append(Verdict(0, "unchecked", r"it ran at C:\v\Lib\site-packages\y.py:4"))
     text = shown(graph, result, 200)
