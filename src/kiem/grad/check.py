@@ -245,7 +245,7 @@ class _Check:
         if self.rule is not None:
             return self._by_rule(inputs, cotangents, moved, noise)
         leaves = {
-            v: t.clone().requires_grad_() if v in self.got and (t.is_floating_point() or t.is_complex()) else t
+            v: t.clone().requires_grad_() if v in self.got and differentiable(t) else t
             for v, t in inputs.items()
         }
         with torch.enable_grad():
@@ -279,7 +279,7 @@ class _Check:
         return {v: found.get(v, torch.zeros_like(self.inputs[v])) for v in self.got}
 
     def _shake(self, tensor: Tensor) -> Tensor:
-        if not (tensor.is_floating_point() or tensor.is_complex()):
+        if not differentiable(tensor):
             return tensor
         return self.random.shaken(widen(tensor))
 

@@ -42,8 +42,8 @@ def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
     with recorder.pause(), recorder.lock, recorder.looking(cls.__name__, frame):
         recorder.table.name_locals(frame)
         op, tensors = _operation(recorder, cls, args, kwargs, frame, region)
-        versions = [recorder.table.storage_of(t).version for t in tensors]
         recorder.graph.ops.append(op)
+        versions = [recorder.table.storage_of(t).version for t in tensors]
     if op is None:
         return apply(cls, *args, **kwargs)
     recorder.local.parents.append(op.index)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 UNITS = {"tf32": 2.0**-10, "bf16": 2.0**-8}  # of the factors of products in float32, by torch's setting
@@ -23,8 +21,4 @@ def unit_of_products(label: str, device: str) -> float:
         setting = getattr(backends.mkldnn, kind, None)
     else:
         setting = backends.cuda.matmul if kind == "matmul" else getattr(backends.cudnn, kind, None)
-    return UNITS.get(_setting(setting), 0.0)
-
-
-def _setting(backend: Any) -> str:
-    return getattr(backend, "fp32_precision", "")
+    return UNITS.get(getattr(setting, "fp32_precision", ""), 0.0)
