@@ -156,7 +156,8 @@ class _Whole:
             value = self.graph.values[leaf]
             name = self.graph.title(leaf)
             result = InputVerdict(name, leaf, "ok", value.dtype, shape=value.shape, reference="end to end, in float64")
-            result.bound = 8 + 2 * len(self.ops) ** 0.5 + 4 * terms**0.5 * min(self.unit, 2.0**-23) / self.unit
+            sums = 4 * terms**0.5  # in the type itself; where sums are kept in a finer one, what all operations round
+            result.bound = 8 + min(sums, 2 * len(self.ops) ** 0.5 + sums * min(self.unit, 2.0**-23) / self.unit)
             moved = squares[leaf].sqrt()
             single = time.perf_counter() - began < SECONDS
             number = self.numeric({leaf: directions[leaf]}) if single else joint
