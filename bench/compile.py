@@ -26,7 +26,7 @@ def main() -> None:
     from kiem.data.loader import Batch
     from kiem.model.transformer import Transformer
     from kiem.optim.groups import build_optimizer
-    from kiem.train.step import train_step
+    from kiem.training.step import train_step
 
     runtime.set_up_process()
     wanted = RunConfig(depth=args.depth)

@@ -54,7 +54,7 @@ def kiem_step(precision: str, optimizer_name: str, drop_rate: float):
     from kiem.data.loader import Batch
     from kiem.model.transformer import Transformer
     from kiem.optim.groups import build_optimizer
-    from kiem.train.step import train_step
+    from kiem.training.step import train_step
 
     runtime.set_up_process()
     size = BATCH * CONTEXT

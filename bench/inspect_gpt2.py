@@ -90,8 +90,8 @@ def kiem_record(model, tokens, forward, step):
 
 def kiem_verify(end_to_end):
     def made(model, tokens, forward, step):
-        from kiem.grad.record import Recorder
-        from kiem.grad.verify import Verifier
+        from kiem.inspect.record.recorder import Recorder
+        from kiem.inspect.verify.verifier import Verifier
         from kiem.runtime import keep_freed_memory
 
         keep_freed_memory()

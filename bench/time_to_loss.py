@@ -18,8 +18,8 @@ from pathlib import Path
 import kiem
 from kiem.config.model import ModelConfig
 from kiem.config.read import read_config
-from kiem.plan.count import total_parameters
-from kiem.train.metrics import read_metrics
+from kiem.planning.count import total_parameters
+from kiem.runs.metrics import read_metrics
 
 
 def as_large_gpt2(like) -> dict:

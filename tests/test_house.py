@@ -9,43 +9,43 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "kiem"
 FILES = sorted(SRC.rglob("*.py"))
-# A room imports only itself and rooms before it.
-ROOMS = [
+# A package imports only itself and packages before it.
+PACKAGES = [
     "errors",
     "format",
+    "files",
+    "inspect",
     "config",
     "runtime",
-    "plan",
     "data",
-    "ops",
     "model",
+    "parallel",
     "optim",
-    "train",
-    "infer",
+    "runs",
+    "training",
+    "generation",
     "interop",
-    "grad",
+    "planning",
     "report",
-    "trace",
+    "model_checks",
     "api",
-    "console",
-    "cli_inspect",
     "cli",
 ]
-# Measures with real training steps, so it stands with the verbs (docs/architecture.md).
-MEASURES = {"plan/predict.py", "plan/measure.py", "plan/budget.py"}
+# What the inspector may know: it could be a package of its own.
+INSPECT = {"errors", "format", "files", "inspect"}
 READING_ORDER = [
-    "cli.py",
+    "cli/train.py",
     "api.py",
     "config/presets.py",
     "data/prepare.py",
     "data/loader.py",
     "model/transformer.py",
     "model/attention.py",
-    "ops/cross_entropy.py",
+    "model/ops/cross_entropy.py",
     "optim/muon.py",
-    "train/step.py",
-    "train/loop.py",
-    "train/checkpoint.py",
+    "training/step.py",
+    "training/loop.py",
+    "runs/checkpoint.py",
 ]
 
 
@@ -53,45 +53,60 @@ def names(files):
     return [str(f.relative_to(SRC)) for f in files]
 
 
-def imported_rooms(path):
-    """Rooms of Kiem imported anywhere in the file, except for type checking."""
+def module_name(path):
+    parts = path.relative_to(SRC.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def imported(path):
+    """Modules of Kiem imported anywhere in the file, for type checking too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            node.body = []
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(n)
-        for i in ast.walk(tree)
-        if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.unparse(i.test)
-        for s in i.body
-        for n in ast.walk(s)
-    }
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        modules = []
+        wanted = []
         if isinstance(node, ast.ImportFrom) and node.module:
-            modules = [f"{node.module}.{a.name}" if node.module == "kiem" else node.module for a in node.names]
+            assert node.level == 0, f"{path}: a relative import"
+            wanted = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
-            modules = [a.name for a in node.names]
-        found |= {m.split(".")[1] for m in modules if m.startswith("kiem.")}
+            wanted = [alias.name for alias in node.names]
+        found |= {name for name in wanted if name in MODULES and name != module_name(path)}
     return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=names(FILES))
 def test_imports_go_upwards(path):
-    relative = str(path.relative_to(SRC))
-    room = relative.split("/")[0].removesuffix(".py")
-    if room in ("__init__", "__main__"):
+    package = str(path.relative_to(SRC)).split("/")[0].removesuffix(".py")
+    if package in ("__init__", "__main__"):
         return
-    allowed = set(ROOMS[: ROOMS.index("train" if relative in MEASURES else room) + 1]) | {room, "__version__"}
-    assert imported_rooms(path) <= allowed, f"{relative} imports {sorted(imported_rooms(path) - allowed)}"
+    allowed = INSPECT if package == "inspect" else set(PACKAGES[: PACKAGES.index(package) + 1])
+    wrong = sorted(name for name in imported(path) if name != "kiem" and name.split(".")[1] not in allowed)
+    assert not wrong, f"{path.relative_to(SRC)} imports {wrong}"
+
+
+@pytest.mark.xfail(strict=True, reason="the recorder's parts still hold the recorder")
+def test_there_is_no_import_cycle():
+    graph = {
+        name: {found for found in imported(path) if MODULES[found].name != "__init__.py"}
+        for name, path in MODULES.items()
+        if path.name != "__init__.py"
+    }
+    while leaves := {name for name, found in graph.items() if not found}:
+        graph = {name: found - leaves for name, found in graph.items() if name not in leaves}
+    assert not graph, f"modules that import one another: {sorted(graph)}"
+
+
+def test_no_package_has_the_name_of_a_public_function():
+    import kiem
+
+    packages = {path.name for path in SRC.iterdir() if path.is_dir()}
+    assert not packages & set(kiem.__all__)
 
 
 @pytest.mark.parametrize("path", FILES, ids=names(FILES))
-def test_a_file_has_one_subject_and_under_400_lines(path):
-    assert len(path.read_text().splitlines()) < 400
+def test_a_file_has_one_subject_and_under_500_lines(path):
+    assert len(path.read_text().splitlines()) < 500
 
 
 def test_a_function_fits_a_screen():
@@ -104,8 +119,10 @@ def test_a_function_fits_a_screen():
 
 
 def test_the_path_of_a_training_run_reads_in_twelve_files():
-    assert len(READING_ORDER) <= 12
-    assert sum(len((SRC / name).read_text().splitlines()) for name in READING_ORDER) < 3200
+    lines = {name: len((SRC / name).read_text().splitlines()) for name in READING_ORDER}
+    print(f"from the command to the checkpoint: {len(lines)} files, {sum(lines.values())} lines: {lines}")
+    assert len(lines) <= 12
+    assert sum(lines.values()) < 3200
     told = (SRC.parents[1] / "docs" / "architecture.md").read_text()
     assert [told.index(f"`{name}`") for name in READING_ORDER] == sorted(
         told.index(f"`{name}`") for name in READING_ORDER

@@ -1,5 +1,5 @@
 """python -m kiem"""
 
-from kiem.cli import script
+from kiem.cli.main import script
 
 script()

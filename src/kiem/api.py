@@ -17,9 +17,9 @@ from kiem.errors import CheckpointError, ConfigError, NumericsError, Stopped, St
 
 if TYPE_CHECKING:
     from kiem.data.shards import Dataset
-    from kiem.infer.engine import LanguageModel
-    from kiem.plan.predict import Plan
-    from kiem.train.evaluate import Evaluation
+    from kiem.generation.engine import LanguageModel
+    from kiem.planning.predict import Plan
+    from kiem.training.evaluate import Evaluation
 
 Target = str | Path | Mapping | RunConfig | None
 Sources = str | Path | Mapping | Source | Sequence[str | Path | Mapping | Source] | None
@@ -72,7 +72,7 @@ def train(
         _check_minutes(minutes, tokens, overrides)
     if isinstance(config, str | Path) and os.path.isdir(config):
         return _resume(Path(config), options, overrides, out, minutes, quiet, show)
-    from kiem.plan.budget import Budget
+    from kiem.planning.budget import Budget
 
     budget = None if minutes is None else Budget(minutes)
     run_config = _with_whole_paths(read_config(config, overrides, options))
@@ -87,7 +87,7 @@ def train(
 
 def load(run: str | Path | Run, device: str = "auto") -> "LanguageModel":
     """The model of a run's newest whole checkpoint, or of the checkpoint folder named."""
-    from kiem.infer import engine
+    from kiem.generation import engine
 
     return engine.load(run.folder if isinstance(run, Run) else run, device)
 
@@ -108,7 +108,7 @@ def prepare(
 def evaluate(run: str | Path | Run, *, data: Sources = None, device: str = "auto", quiet: bool = True) -> "Evaluation":
     """Loss, perplexity and bits per byte of a run's model on its held-out text, or on all of `data`."""
     from kiem.runtime import select_device, select_precision
-    from kiem.train.evaluate import evaluate as measure
+    from kiem.training.evaluate import evaluate as measure
 
     folder = run.folder if isinstance(run, Run) else Path(run)
     model = load(folder, device)
@@ -130,7 +130,7 @@ def plan(
 ) -> "Plan":
     """Parameters, FLOPs, memory and (if `measure`) speed and time of a run, without its text."""
     from kiem.config.presets import resolve, tokenizer_vocab_size
-    from kiem.plan.predict import plan as predict
+    from kiem.planning.predict import plan as predict
 
     if isinstance(config, str | Path) and os.path.isdir(config):
         config = _config_file(Path(config))
@@ -147,9 +147,9 @@ def _run(
 ) -> Run:
     """From tokens to a trained model and its report."""
     from kiem.config.presets import resolve
-    from kiem.plan import predict
+    from kiem.planning import predict
     from kiem.report import summary
-    from kiem.train import loop
+    from kiem.training import loop
 
     resolved = resolve(config, dataset.tokenizer.vocab_size)
     _check_vocabulary(resolved, dataset)
@@ -175,7 +175,7 @@ def _run(
 
 def _sampler(config: RunConfig, dataset: "Dataset") -> Callable[[Any, int], list[dict[str, Any]]]:
     """Samples from the start of a document: a few on the way, and before and after training enough to count shares."""
-    from kiem.infer.engine import LanguageModel
+    from kiem.generation.engine import LanguageModel
 
     ends = (0, config.train.tokens // config.train.batch_tokens)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from kiem import cli
+from kiem.cli import main as cli
 
 TINY = ["data.tokenizer=bytes", "model.vocab_size=257", "model.context_length=32", "model.emb_dim=16",
 "model.n_heads=2", "model.n_layers=1", "train.batch_tokens=64", "train.tokens=256", "seed=1"]  # fmt: skip

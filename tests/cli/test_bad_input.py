@@ -212,8 +212,12 @@ def furnished(place):
         shutil.copytree(place / "run", place / name)
     (place / "damaged" / "config.yaml").write_text("model: [broken\n")
     config = place / "swapped" / "config.yaml"
-    config.write_text(config.read_text().replace("emb_dim: 16", "emb_dim: 32").replace("hidden_dim: 64", "hidden_dim: 128")
-                      .replace("head_dim: 8", "head_dim: 16"))
+    config.write_text(
+        config.read_text()
+        .replace("emb_dim: 16", "emb_dim: 32")
+        .replace("hidden_dim: 64", "hidden_dim: 128")
+        .replace("head_dim: 8", "head_dim: 16")
+    )
     shutil.rmtree(place / "bare" / "checkpoints")
     return place
 
@@ -242,7 +246,7 @@ def test_bad_input(furnished, kiem, arguments, code, words):
     assert result.code == code, result.err
     assert "Traceback (most" not in result.err and "pydantic" not in result.err
     assert sum(line.startswith("error:") for line in result.err.splitlines()) == 1, result.err
-    said = result.err[result.err.index("error:"):]
+    said = result.err[result.err.index("error:") :]
     for word in words:
         assert word in said, said
     assert picture(furnished) == before

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-CHAPTER = '''GPT_CONFIG_124M = {
+CHAPTER = """GPT_CONFIG_124M = {
 "vocab_size": 50257,  // Vocabulary size of the BPE tokenizer
 "context_length": 1024, // Context length
 "emb_dim": 768,       // Embedding dimension
@@ -20,7 +20,7 @@ CHAPTER = '''GPT_CONFIG_124M = {
 "drop_rate": 0.1,     // Dropout rate: 10%
 "qkv_bias": False     // Query-Key-Value bias
 }
-'''
+"""
 VERBS = ("train", "prepare", "eval", "generate", "plan", "completion")
 
 
@@ -32,7 +32,7 @@ def run(*arguments, **more):
 def test_help_is_light_and_has_examples(verb):
     code = f"""
 import sys
-from kiem.cli import main
+from kiem.cli.main import main
 main({[*([verb] if verb else []), "--help"]!r})
 print([m for m in ("torch", "numpy", "pydantic", "yaml", "tokenizers") if m in sys.modules], file=sys.stderr)
 """

@@ -106,7 +106,7 @@ def test_a_function_with_and_without_arguments(kiem, programs):
 @pytest.fixture
 def few_ways(monkeypatch):
     """A model's ways of computing without the one that takes torch.compile's time."""
-    from kiem.grad import compare
+    from kiem.model_checks import compare
 
     monkeypatch.setattr(compare, "WAYS", tuple(way for way in compare.WAYS if not way.compiled))
 
@@ -348,7 +348,7 @@ sys.stdout.write("no line's end")
 def test_help_is_light_and_fast(verb):
     code = f"""
 import sys
-from kiem.cli import main
+from kiem.cli.main import main
 main([{verb!r}, "--help"])
 print([m for m in ("torch", "numpy", "rich") if m in sys.modules], file=sys.stderr)
 """

@@ -27,7 +27,7 @@ def refused(tmp_path, monkeypatch):
 
 
 def test_text_in_strings_is_left_alone():
-    text = r'''{"a": "x // no # comment /* at all */", 'b': "False, null", "c": "\u00e9\/\ud83d\ude00"}'''
+    text = r"""{"a": "x // no # comment /* at all */", 'b': "False, null", "c": "\u00e9\/\ud83d\ude00"}"""
     found = parse_mapping(text, "x")
     assert found == {"a": "x // no # comment /* at all */", "b": "False, null", "c": "é/\U0001f600"}
 

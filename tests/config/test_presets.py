@@ -8,7 +8,7 @@ from kiem.config.model import ModelConfig
 from kiem.config.presets import PRESETS, default_model, depth_for, multiplied_parameters, resolve, tokenizer_vocab_size
 from kiem.config.run import DataConfig, RunConfig, TrainConfig
 from kiem.errors import ConfigError
-from kiem.plan.count import total_parameters
+from kiem.planning.count import total_parameters
 
 SMALL = ModelConfig(vocab_size=100, context_length=32, emb_dim=32, n_heads=2, n_layers=2)
 

@@ -83,8 +83,29 @@ def test_yaml_aliases_and_merges_are_read(write):
 
 POSITIVE = st.floats(1e-9, 9.0)
 PATHS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12) | st.sampled_from(
-    ["1e5", "no", "null", "12:30", "0x10", "- a", "a: b", "#x", "=", "<<", "1_0", ".inf", "'\"", "\u2028x", "~", "{x}",
-     "\x85", "a\x85b", "\u2029", "\r\n", " \n "]
+    [
+        "1e5",
+        "no",
+        "null",
+        "12:30",
+        "0x10",
+        "- a",
+        "a: b",
+        "#x",
+        "=",
+        "<<",
+        "1_0",
+        ".inf",
+        "'\"",
+        "\u2028x",
+        "~",
+        "{x}",
+        "\x85",
+        "a\x85b",
+        "\u2029",
+        "\r\n",
+        " \n ",
+    ]
 )
 SOURCES = st.lists(st.builds(Source, path=PATHS, weight=st.floats(1e-6, 1e6), text_key=PATHS), min_size=1, max_size=3)
 CONFIGS = st.builds(

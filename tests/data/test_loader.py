@@ -19,6 +19,7 @@ EOT = 256
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
     """make(training documents of each source, validation documents, weights) -> Dataset of byte tokens."""
+
     def build(*sources, validation=("held out text",), weights=None):
         folder = tmp_path_factory.mktemp("text")
         for number, documents in enumerate([*sources, validation]):
@@ -26,9 +27,17 @@ def make(tmp_path_factory):
             for i, text in enumerate(documents):
                 (folder / str(number) / f"{i:04d}.txt").write_text(text)
         weights = weights or [1.0] * len(sources)
-        return prepare(DataConfig(
-            sources=[Source(path=str(folder / str(i)), weight=weight) for i, weight in enumerate(weights)],
-            validation=[Source(path=str(folder / str(len(sources))))], tokenizer="bytes"), 0, 0, folder / "cache")
+        return prepare(
+            DataConfig(
+                sources=[Source(path=str(folder / str(i)), weight=weight) for i, weight in enumerate(weights)],
+                validation=[Source(path=str(folder / str(len(sources))))],
+                tokenizer="bytes",
+            ),
+            0,
+            0,
+            folder / "cache",
+        )
+
     return build
 
 
@@ -55,7 +64,11 @@ def test_a_row_by_hand(make):
     assert row("positions_BT", EOT, g, h, i) == [0, 1, 2, 3] and row("docs_BT", EOT, g, h, i) == [0, 0, 0, 0]
     assert batch.n_valid == 12
     assert [x.dtype for x in (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.docs_BT)] == [
-        torch.int64, torch.int64, torch.int64, torch.int32]
+        torch.int64,
+        torch.int64,
+        torch.int64,
+        torch.int32,
+    ]
 
 
 def test_names_of_a_batch(make):

@@ -35,8 +35,9 @@ def test_small_permutations_are_all_reached():
     assert len({tuple(map(Permutation(3, k), range(3))) for k in range(300)}) == 6
 
 
-@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), epochs=st.integers(1, 3),
-       seed=st.integers(0, 2**63 - 1))
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), epochs=st.integers(1, 3), seed=st.integers(0, 2**63 - 1)
+)
 @settings(max_examples=40, deadline=None)
 def test_without_weights_every_window_appears_once_per_epoch(sizes, epochs, seed):
     order = Order(sizes, None, "print", seed)
@@ -90,8 +91,9 @@ def test_seeking_is_as_fast_far_away(weights):
     order = Order([10**7, 3 * 10**6 + 1], weights, "print", 0)
     far = [order.sample(10**9 + i) for i in range(500)]
     assert time.perf_counter() - started < 2
-    assert len(set(far)) == 500 and far == [Order([10**7, 3 * 10**6 + 1], weights, "print", 0).sample(10**9 + i)
-                                            for i in range(500)]
+    assert len(set(far)) == 500 and far == [
+        Order([10**7, 3 * 10**6 + 1], weights, "print", 0).sample(10**9 + i) for i in range(500)
+    ]
 
 
 def test_data_and_seed_and_epoch_change_the_order():
@@ -107,13 +109,22 @@ def test_data_and_seed_and_epoch_change_the_order():
 def test_the_order_is_the_one_of_the_format():
     """These numbers are a promise: another order would break the resume of every run there is."""
     assert [Order([1000], None, "f", 1).sample(i) for i in (0, 1, 999, 1000)] == [
-        (0, 894, 0), (0, 493, 0), (0, 500, 0), (0, 791, 1)]
+        (0, 894, 0),
+        (0, 493, 0),
+        (0, 500, 0),
+        (0, 791, 1),
+    ]
     assert [Order([1000, 30], [3.0, 1.0], "f", 1).sample(i) for i in (0, 1, 5000, 10**12)] == [
-        (1, 17, 5), (1, 15, 8), (0, 239, 3), (1, 8, 8333333334)]
+        (1, 17, 5),
+        (1, 15, 8),
+        (0, 239, 3),
+        (1, 8, 8333333334),
+    ]
 
 
-@pytest.mark.parametrize(("sizes", "weights"), [([], None), ([5, 0], None), ([5, 5], [1.0]), ([5], [0.0]),
-                                                ([5], [float("inf")])])
+@pytest.mark.parametrize(
+    ("sizes", "weights"), [([], None), ([5, 0], None), ([5, 5], [1.0]), ([5], [0.0]), ([5], [float("inf")])]
+)
 def test_what_has_no_order(sizes, weights):
     with pytest.raises(DataError, match="source"):
         Order(sizes, weights, "print", 0)

@@ -61,14 +61,19 @@ def test_documents_are_held_out_by_their_text(tmp_path):
     assert (report["documents"], report["n_problems"]) == (301, 0)
     assert report["bytes"] == sum(map(len, written)) and report["tokens"] == report["bytes"] + 301 + 2
     assert report["validation"]["rule"] == (
-        f"{folder}: {len(held)} of 301 documents, by a hash of their text and the seed")
+        f"{folder}: {len(held)} of 301 documents, by a hash of their text and the seed"
+    )
     # neither other documents, nor their names or order, nor a second source move a document to the other side
     other = tmp_path / "other"
     for number, text in enumerate(reversed(written)):
         folder_of(other, 0)
         (other / f"x{number:03d}.txt").write_text(text)
-    second = prepare(config(folder_of(tmp_path / "more", 90, lambda i: f"more {i}\n"), other, validation_fraction=0.1),
-                     0, 5, tmp_path / "cache")
+    second = prepare(
+        config(folder_of(tmp_path / "more", 90, lambda i: f"more {i}\n"), other, validation_fraction=0.1),
+        0,
+        5,
+        tmp_path / "cache",
+    )
     assert set(held) == set(texts(second, second.validation)) & set(written)
     assert set(held) != set(texts(*(lambda d: (d, d.validation))(prepare(data, 0, 6, tmp_path / "cache"))))
 
@@ -121,8 +126,13 @@ def test_validation_text_of_its_own(tmp_path):
 
 
 def test_the_tokenizer_never_sees_what_is_held_out(tmp_path):
-    words = [f"{'bcdfghjklmnpqrstvwxz'[i % 20]}a{'bcdfghjklmnpqrstvwxz'[i // 20]}uq{i % 7}".translate(
-        str.maketrans("0123456", "efijouy")) * 2 for i in range(200)]
+    words = [
+        f"{'bcdfghjklmnpqrstvwxz'[i % 20]}a{'bcdfghjklmnpqrstvwxz'[i // 20]}uq{i % 7}".translate(
+            str.maketrans("0123456", "efijouy")
+        )
+        * 2
+        for i in range(200)
+    ]
     folder = folder_of(tmp_path / "text", 200, lambda i: f" {words[i]}" * 40)
     dataset = prepare(config(folder, tokenizer="bpe", validation_fraction=0.1), 3000, 0, tmp_path / "cache")
     train, held = (texts(dataset, split) for split in (dataset.train[0][0], dataset.validation))
@@ -178,9 +188,17 @@ def test_the_cache_is_by_content(tmp_path, monkeypatch):
     changed.write_text(changed.read_text()[::-1])
     os.utime(changed, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert prepare(config(tmp_path / "moved"), 0, 0, cache).fingerprint != first.fingerprint
-    paths = {prepare(config(tmp_path / "moved", **fields), size, seed, cache).path for fields, size, seed in (
-        ({}, 0, 0), ({}, 0, 1), ({"validation_fraction": 0.2}, 0, 0), ({"on_bad_text": "error"}, 0, 0),
-        ({"tokenizer": "bpe"}, 300, 0), ({"tokenizer": "bpe"}, 301, 0))}
+    paths = {
+        prepare(config(tmp_path / "moved", **fields), size, seed, cache).path
+        for fields, size, seed in (
+            ({}, 0, 0),
+            ({}, 0, 1),
+            ({"validation_fraction": 0.2}, 0, 0),
+            ({"on_bad_text": "error"}, 0, 0),
+            ({"tokenizer": "bpe"}, 300, 0),
+            ({"tokenizer": "bpe"}, 301, 0),
+        )
+    }
     assert len(paths) == 6
 
 
@@ -201,8 +219,14 @@ def test_problems_are_in_the_report(tmp_path):
     for _ in range(2):  # the second time from the cache
         report = prepare(config(folder), 0, 0, cache).report
         assert report["n_problems"] == 1 and report["documents"] in (20, 21)
-        assert report["problems"] == [{"origin": str(folder / "!bad.txt"), "line": 1, "action": "left out",
-                                       "what": "not UTF-8 (byte 0xe9 at offset 3)"}]
+        assert report["problems"] == [
+            {
+                "origin": str(folder / "!bad.txt"),
+                "line": 1,
+                "action": "left out",
+                "what": "not UTF-8 (byte 0xe9 at offset 3)",
+            }
+        ]
     replaced = prepare(config(folder, on_bad_text="replace"), 0, 0, cache)
     assert "caf\ufffd" in texts(replaced, replaced.train[0][0])
     with pytest.raises(DataError, match=r"!bad\.txt, line 1: not UTF-8"):
@@ -222,6 +246,7 @@ def interrupting(after):
         calls.append((documents, n_bytes, tokens))
         if len(calls) == after:
             raise Stop
+
     return progress
 
 
@@ -236,8 +261,11 @@ def many_shards(monkeypatch):
 
 def corpus(tmp_path):
     folder = folder_of(tmp_path / "text", 60, lambda i: f"document {i} says é\n" * (1 + i % 30))
-    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress("".join(
-        json.dumps({"text": f"record {i}\n" * (i % 40)}) + "\n" for i in range(60)).encode(), mtime=0))
+    (tmp_path / "r.jsonl.gz").write_bytes(
+        gzip.compress(
+            "".join(json.dumps({"text": f"record {i}\n" * (i % 40)}) + "\n" for i in range(60)).encode(), mtime=0
+        )
+    )
     (tmp_path / "one.txt").write_text("".join(f"a line {i}\n" for i in range(300)))
     return config(folder, tmp_path / "r.jsonl.gz", tmp_path / "one.txt", validation_fraction=0.15)
 

@@ -30,8 +30,10 @@ def write_shard(folder, name, documents, continued=b"", end=False):
 def write_dataset(folder):
     folder.mkdir(exist_ok=True)
     BYTES.save(folder / "tokenizer")
-    train = [write_shard(folder, "train-0", [("a", b"one"), ("b", b"two")]),
-             write_shard(folder, "train-1", [("c", b"three")], b"more", end=True)]
+    train = [
+        write_shard(folder, "train-0", [("a", b"one"), ("b", b"two")]),
+        write_shard(folder, "train-1", [("c", b"three")], b"more", end=True),
+    ]
     validation = [write_shard(folder, "validation-0", [("v", b"xyz")], end=True)]
     report = {"sources": [{"path": "here", "held_out": "1 of 4"}], "validation": {}, "problems": []}
     write_manifest(folder, [train], validation, BYTES, {}, report)
@@ -82,8 +84,9 @@ def test_any_range_over_any_shards(tmp_path_factory, parts, data):
 
 def test_an_empty_shard_between_others(tmp_path):
     """It has no files: a range that goes over it must not look for them."""
-    written = [write_shard(tmp_path, f"s{n}", [("x", text)] if text else []) for n, text in
-               enumerate([b"a", b"", b"b"])]
+    written = [
+        write_shard(tmp_path, f"s{n}", [("x", text)] if text else []) for n, text in enumerate([b"a", b"", b"b"])
+    ]
     split = Split(tmp_path, "s", written, token_type(257))
     assert split.tokens(0, 4).tolist() == [256, *b"a", 256, *b"b"]
     assert split.document_starts(0, 4).tolist() == [0, 2]
@@ -159,8 +162,15 @@ def test_weights(tmp_path):
     body = json.loads((folder / MANIFEST).read_text())
     body.pop("checksum")
     sources = [{"path": name, "held_out": "none of it"} for name in "ab"]
-    write_manifest(folder, [body["train"][0][:1], body["train"][0][1:]], body["validation"], BYTES, {},
-                   body["report"] | {"sources": sources})
+    write_manifest(
+        folder,
+        [body["train"][0][:1], body["train"][0][1:]],
+        body["validation"],
+        BYTES,
+        {},
+        body["report"] | {"sources": sources},
+    )
+
     def shares(weights):
         return [share for _, share in open_dataset(folder, weights).train]
 

@@ -64,7 +64,9 @@ def test_compressed_text_and_records(tmp_path):
     base = str(tmp_path)
     assert found == {f"{base}/a.txt.gz": text, f"{base}/b.txt.zst": text} | {
         f"{base}/{name}:{line}": f"r{number}"
-        for name in ("c.jsonl", "d.jsonl.gz", "e.jsonl.zst") for number, line in ((1, 1), (2, 3))}
+        for name in ("c.jsonl", "d.jsonl.gz", "e.jsonl.zst")
+        for number, line in ((1, 1), (2, 3))
+    }
     assert problems == []
 
 
@@ -135,8 +137,10 @@ def test_parquet(tmp_path):
     broken = pyarrow.array([b"fine", b"caf\xe9"]).cast(pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": broken, "n": [1, 2]}), tmp_path / "a.parquet")
     file = tmp_path / "a.parquet"
-    assert read(file) == ({f"{file}:1": "fine"},
-                          [f"{file}, line 2: not UTF-8 (byte 0xe9 at byte 3 of 'text'); left out"])
+    assert read(file) == (
+        {f"{file}:1": "fine"},
+        [f"{file}, line 2: not UTF-8 (byte 0xe9 at byte 3 of 'text'); left out"],
+    )
     assert read(file, "replace")[0][f"{file}:2"] == "caf�"
     assert read(file, text_key="body")[1] == [f"{file}: no column 'body', it has 'text', 'n': set text_key; left out"]
     file.write_bytes(file.read_bytes()[:-20])
@@ -196,12 +200,15 @@ def test_the_standard_library(tmp_path):
     assert not [name for name in names if "site-packages" in name or "dist-packages" in name or "__pycache__" in name]
 
 
-@pytest.mark.parametrize(("make", "says"), [
-    (lambda p: p / "nowhere", "no such file or folder"),
-    (lambda p: write(p / "e.txt", ""), "the file is empty"),
-    (lambda p: (p / "only").mkdir() or write(p / "only/.x", "hidden").parent, "has no text files"),
-    (lambda p: p / "*.nothing", "no file matches"),
-])
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: p / "nowhere", "no such file or folder"),
+        (lambda p: write(p / "e.txt", ""), "the file is empty"),
+        (lambda p: (p / "only").mkdir() or write(p / "only/.x", "hidden").parent, "has no text files"),
+        (lambda p: p / "*.nothing", "no file matches"),
+    ],
+)
 def test_where_there_is_nothing_to_read(tmp_path, make, says):
     with pytest.raises(DataError, match=says):
         read(make(tmp_path))

@@ -14,7 +14,8 @@ TEXTS = ["def f(x):\n    return x + 12345\n", "The cat's hat, 2026.\r\n\r\n\tÜb
 BPE = train_bpe(TEXTS, 400)
 BYTES = bytes_tokenizer()
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.sampled_from(
-    [EOT, f"a{EOT}b", "  \n\t x", "'ll\r\n", "\x00", "a" * 500])
+    [EOT, f"a{EOT}b", "  \n\t x", "'ll\r\n", "\x00", "a" * 500]
+)
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
@@ -91,12 +92,15 @@ def test_gpt2_files(tmp_path):
     assert EOT not in [tokenizer.decode([i]) for i in tokenizer.encode(EOT)]
 
 
-@pytest.mark.parametrize(("extra", "stated", "eot", "size"), [
-    (["</s>"], None, "</s>", 259),
-    (["<|im_end|>", "</s>"], "<|im_end|>", "<|im_end|>", 260),
-    (["<|im_end|>"], {"content": "<|im_end|>"}, "<|im_end|>", 259),
-    ([], None, EOT, 259),
-])
+@pytest.mark.parametrize(
+    ("extra", "stated", "eot", "size"),
+    [
+        (["</s>"], None, "</s>", 259),
+        (["<|im_end|>", "</s>"], "<|im_end|>", "<|im_end|>", 260),
+        (["<|im_end|>"], {"content": "<|im_end|>"}, "<|im_end|>", 259),
+        ([], None, EOT, 259),
+    ],
+)
 def test_the_end_of_text_is_found_or_added(tmp_path, extra, stated, eot, size):
     folder = gpt2_files(tmp_path, extra)
     if stated:

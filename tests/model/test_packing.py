@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kiem.config.model import ModelConfig
+from kiem.model.ops.cross_entropy import linear_cross_entropy
 from kiem.model.transformer import Transformer
-from kiem.ops.cross_entropy import linear_cross_entropy
 
 BASE = {"vocab_size": 37, "context_length": 24, "emb_dim": 24, "n_heads": 4, "n_layers": 2}
 CONFIGS = {

@@ -15,8 +15,8 @@ from kiem.config.model import ModelConfig
 from kiem.interop.families import family_of, to_hf_config
 from kiem.interop.hf import to_hf_state
 from kiem.model.cache import Cache
+from kiem.model.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
 from kiem.model.transformer import Transformer
-from kiem.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
 
 transformers = pytest.importorskip("transformers")
 

@@ -102,13 +102,16 @@ def test_rates_by_hand(records):
     assert parse_rates([records.sample(0, "no line")]) == []
 
 
-@pytest.mark.parametrize(("sources", "expected"), [
-    (["python"], True),
-    ([{"path": "python"}, {"path": "src/**/*.py"}, {"path": "a.py.gz"}], True),
-    ([{"path": "python"}, {"path": "book.txt"}], False),
-    ([], False),
-    (None, False),
-])
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        (["python"], True),
+        ([{"path": "python"}, {"path": "src/**/*.py"}, {"path": "a.py.gz"}], True),
+        ([{"path": "python"}, {"path": "book.txt"}], False),
+        ([], False),
+        (None, False),
+    ],
+)
 def test_which_corpus_is_python(sources, expected):
     assert is_python_corpus({"data": {"sources": sources}}) is expected
     assert is_python_corpus({"data": None}) is False

@@ -14,8 +14,13 @@ def test_events_are_read_back(tmp_path, records):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with Board(tmp_path) as board:
-        for record in [records.mark("start", 0, "new"), records.step(1, 4.0), records.step(2, 3.0, matrix_lr=None),
-                       records.step(3, math.nan), records.evaluation(2, 2.5, 1.5)]:
+        for record in [
+            records.mark("start", 0, "new"),
+            records.step(1, 4.0),
+            records.step(2, 3.0, matrix_lr=None),
+            records.step(3, math.nan),
+            records.evaluation(2, 2.5, 1.5),
+        ]:
             board.record(record)
         board.sample(records.sample(2, "x\x1b\n```", "p"))
     with Board(tmp_path, first_step=2) as board:  # resumed at step 2: the third step is made again

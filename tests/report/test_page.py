@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from kiem.report.page import embedded_json
+from kiem.files import embedded_json
 from kiem.report.summary import write
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028\x1b[31m\u202e --> ]]> &amp; \"'"
@@ -62,7 +62,12 @@ def test_policy_forbids_the_network_and_allows_only_the_own_style_and_script(pag
     policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == "'none'" and set(rules) == {
-        "default-src", "style-src", "script-src", "base-uri", "form-action"}
+        "default-src",
+        "style-src",
+        "script-src",
+        "base-uri",
+        "form-action",
+    }
     for kind, pattern in (("style-src", r"<style>(.*?)</style>"), ("script-src", r"<script>(.*?)</script>")):
         own = re.findall(pattern, text, re.DOTALL)
         assert len(own) == 1
@@ -108,7 +113,11 @@ def test_charts_are_there_without_javascript(page_of):
     assert "held-out: from 2.5 at step 2 to 2.75 at step 4" in descriptions[0]
     radios = [a for tag, a in page.elements if tag == "input"]
     assert [(a["id"], "checked" in a) for a in radios] == [
-        ("x-tokens", True), ("x-time", False), ("scale-linear", True), ("scale-log", False)]
+        ("x-tokens", True),
+        ("x-time", False),
+        ("scale-linear", True),
+        ("scale-log", False),
+    ]
     assert page.count("fieldset") == page.count("legend") == 2
 
 
@@ -127,7 +136,10 @@ def test_chart_values_for_the_pointer(page_of):
     data = json.loads(re.search(r'id="chart-data">(.*?)</script>', text)[1])
     loss = data["loss"]["lines"]
     assert [line["name"] for line in loss] == [
-        "training, each step", "training, smoothed over about 5 steps", "held-out"]
+        "training, each step",
+        "training, smoothed over about 5 steps",
+        "held-out",
+    ]
     assert loss[0]["y"] == [4.0, 3.0, 2.0, 1.0] and loss[0]["time"] == [0.5, 1.5, 2.0, 2.5]
     assert loss[2] == {"name": "held-out", "step": [2, 4], "tokens": [200, 400], "time": [1.5, 2.5], "y": [2.5, 2.75]}
     assert data["loss"]["axes"]["tokens-linear"] == [0.0, 400.0] and data["loss"]["axes"]["time-log"] == [0.5, 2.5]
@@ -136,8 +148,12 @@ def test_chart_values_for_the_pointer(page_of):
 def test_a_run_without_anything_says_what_is_missing(page_of):
     text = page_of(metrics=[], samples=None, plan=None)
     Page(text)
-    for said in ("No step has been logged yet", "No samples were drawn", "has not been evaluated yet",
-                 "plan.json is missing"):
+    for said in (
+        "No step has been logged yet",
+        "No samples were drawn",
+        "has not been evaluated yet",
+        "plan.json is missing",
+    ):
         assert said in text
 
 

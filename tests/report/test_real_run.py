@@ -4,14 +4,15 @@ from kiem.config.presets import resolve
 from kiem.config.read import read_config, write_config
 from kiem.report.schema import KEYS
 from kiem.report.summary import build_report
-from kiem.train.metrics import RECORDS, SAMPLE_KEYS, read_metrics
+from kiem.runs.metrics import RECORDS, SAMPLE_KEYS, read_metrics
 
 
 def test_a_real_run_writes_the_documented_keys(tmp_path):
     import torch
 
     from kiem.data.prepare import prepare
-    from kiem.train.loop import train
+    from kiem.planning.predict import plan
+    from kiem.training.loop import train
 
     (tmp_path / "text.py").write_text("".join(f"def f{n}(x):\n    return x + {n}\n\n" for n in range(300)))
     model = {"vocab_size": 257, "context_length": 16, "emb_dim": 8, "n_heads": 2, "n_layers": 1}
@@ -26,7 +27,14 @@ def test_a_real_run_writes_the_documented_keys(tmp_path):
     write_config(config, folder / "config.yaml")
     sample = {"prompt": "", "text": "x = 1\n", "seed": 0, "temperature": 0.8}
     try:
-        final = train(config, folder, dataset, sampler=lambda model, step: [sample], quiet=True)
+        final = train(
+            config,
+            folder,
+            dataset,
+            plan=plan(config, measure=False).to_dict(),
+            sampler=lambda model, step: [sample],
+            quiet=True,
+        )
     finally:
         torch.set_flush_denormal(False)  # a run sets it for its process; other tests live here too
 
@@ -38,7 +46,8 @@ def test_a_real_run_writes_the_documented_keys(tmp_path):
 
     report = build_report(folder, dataset)
     unknown = {key for key in KEYS if key in report and report[key] is None}
-    assert unknown == set() and report["problems"] == ["plan.json is missing"]
+    assert unknown == set()
+    assert report["problems"] == []
     assert (report["status"], report["step"], report["bits_per_byte"]) == ("finished", 2, final.bits_per_byte)
     # The compressors and the model were given the same bytes.
     assert report["compression"]["text_bytes"] == report["eval_bytes"] == report["data"]["validation"]["bytes"]

@@ -57,8 +57,11 @@ def test_numbers_by_hand(make_run, dataset):
     weights = [keep**3, keep**2, keep, 1]
     mean = sum(w * x for w, x in zip(weights, (4, 3, 2, 1), strict=True)) / sum(weights)
     assert report["train_loss"] == pytest.approx(mean)
-    assert report["planned"]["peak_memory_bytes"] == {"planned": 1_100_000, "measured": 1_000_004,
-                                                      "ratio": pytest.approx(1_100_000 / 1_000_004)}
+    assert report["planned"]["peak_memory_bytes"] == {
+        "planned": 1_100_000,
+        "measured": 1_000_004,
+        "ratio": pytest.approx(1_100_000 / 1_000_004),
+    }
     assert report["planned"]["step_seconds"]["ratio"] == 1.0
     assert report["planned"]["tokens_per_second"]["ratio"] == 200 / 160
     assert report["python_samples"][0] == {"step": 1, "judged": 2, "accepted": 1, "accepted_share": 0.5}
@@ -72,7 +75,8 @@ def test_compressors_see_the_held_out_text_without_marks(make_run, dataset):
     assert report["compression"]["text_bytes"] == 230
     assert held_out_text(dataset) == dataset.text
     assert [held_out_text(dataset, n) for n in (0, 1, 10, 11, 229, 230)] == [
-        dataset.text[:n] for n in (0, 1, 10, 11, 229, 230)]
+        dataset.text[:n] for n in (0, 1, 10, 11, 229, 230)
+    ]
 
 
 def test_held_out_text_is_read_in_pieces(dataset, monkeypatch):

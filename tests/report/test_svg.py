@@ -12,23 +12,29 @@ from kiem.report.read import thin
 from kiem.report.svg import HEIGHT, WIDTH, Axis, Chart, Line, _path, render_chart, ticks, time_ticks, y_axis
 
 
-@pytest.mark.parametrize(("axis", "expected"), [
-    (Axis(0, 10), [0, 2, 4, 6, 8, 10]),
-    (Axis(2.9, 8.3), [4, 6, 8]),
-    (Axis(-1, 1), [-1, -0.5, 0, 0.5, 1]),
-    (Axis(1, 1e6, True), [1, 100, 1e4, 1e6]),
-    (Axis(3, 70, True), [5, 10, 20, 50]),
-    (Axis(4.1, 4.4, True), [4.1, 4.4]),
-])
+@pytest.mark.parametrize(
+    ("axis", "expected"),
+    [
+        (Axis(0, 10), [0, 2, 4, 6, 8, 10]),
+        (Axis(2.9, 8.3), [4, 6, 8]),
+        (Axis(-1, 1), [-1, -0.5, 0, 0.5, 1]),
+        (Axis(1, 1e6, True), [1, 100, 1e4, 1e6]),
+        (Axis(3, 70, True), [5, 10, 20, 50]),
+        (Axis(4.1, 4.4, True), [4.1, 4.4]),
+    ],
+)
 def test_ticks(axis, expected):
     assert ticks(axis) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("axis", "expected"), [
-    (Axis(0, 240), [0, 60, 120, 180, 240]),
-    (Axis(0, 90_000), [0, 28_800, 57_600, 86_400]),
-    (Axis(0.5, 4000, True), [1, 10, 60, 600, 3600]),
-])
+@pytest.mark.parametrize(
+    ("axis", "expected"),
+    [
+        (Axis(0, 240), [0, 60, 120, 180, 240]),
+        (Axis(0, 90_000), [0, 28_800, 57_600, 86_400]),
+        (Axis(0.5, 4000, True), [1, 10, 60, 600, 3600]),
+    ],
+)
 def test_time_ticks(axis, expected):
     assert time_ticks(axis) == pytest.approx(expected)
 

@@ -45,8 +45,20 @@ def test_any_width_and_encoding(make_run, dataset, records, width, encoding):
 def test_what_it_says(make_run, dataset):
     text = shown(build_report(make_run(), dataset), 100)
     assert "demo: finished at step 4 of 4, 400 tokens in 2.50 s, 3.33k parameters" in text
-    for words in ("held-out loss", "2.7500 nats per token", "1.6500", "gzip -9, same text", "1.05 MiB", "977 KiB",
-                  "1.10", "160 tokens/s", "40.0 %", "100.0 %", "sample at step 4", "  def f():"):
+    for words in (
+        "held-out loss",
+        "2.7500 nats per token",
+        "1.6500",
+        "gzip -9, same text",
+        "1.05 MiB",
+        "977 KiB",
+        "1.10",
+        "160 tokens/s",
+        "40.0 %",
+        "100.0 %",
+        "sample at step 4",
+        "  def f():",
+    ):
         assert words in text, words
 
 

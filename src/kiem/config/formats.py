@@ -73,7 +73,7 @@ def describe(value: Any) -> str:
     if isinstance(value, list):
         return f"a list of {len(value)}" if value else "an empty list"
     if isinstance(value, str):
-        return f'text {_short(json.dumps(value, ensure_ascii=False))}'
+        return f"text {_short(json.dumps(value, ensure_ascii=False))}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return _short(str(value))
@@ -145,7 +145,7 @@ def _parse_literal(text: str, name: str) -> Any:
     clean = "".join(pieces)
     assignment = _ASSIGNMENT.match(clean)
     if assignment:
-        clean = "\n" * assignment[0].count("\n") + clean[assignment.end():]
+        clean = "\n" * assignment[0].count("\n") + clean[assignment.end() :]
     if not clean.strip():
         raise ConfigError(f"{name}: holds only comments: write a model or run configuration into it")
     try:
@@ -184,8 +184,10 @@ def _literal(node: ast.expr, name: str) -> Any:
             return [_literal(item, name) for item in items]
         case ast.Dict(keys=keys, values=values):
             return _literal_dict(keys, values, name)
-    raise ConfigError(f"{name}:{node.lineno}: {ast.unparse(node)[:60]!r} is not a value: write numbers, text, true, "
-                      "false, null, lists and mappings; nothing is computed")
+    raise ConfigError(
+        f"{name}:{node.lineno}: {ast.unparse(node)[:60]!r} is not a value: write numbers, text, true, "
+        "false, null, lists and mappings; nothing is computed"
+    )
 
 
 def _literal_dict(keys: list[ast.expr | None], values: list[ast.expr], name: str) -> dict:
@@ -226,10 +228,17 @@ def _plain(value: Any) -> Any:
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _NULL = re.compile(r"^(?:~|null|Null|NULL|None|)$")
 _INT = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$")
-_FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"
-                    r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$")
-_RESOLVERS = (("bool", _BOOL, "tTfF"), ("null", _NULL, ["~", "n", "N", ""]), ("int", _INT, "-+0123456789"),
-              ("float", _FLOAT, "-+0123456789."), ("merge", re.compile(r"^<<$"), "<"))
+_FLOAT = re.compile(
+    r"^[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"
+    r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+)
+_RESOLVERS = (
+    ("bool", _BOOL, "tTfF"),
+    ("null", _NULL, ["~", "n", "N", ""]),
+    ("int", _INT, "-+0123456789"),
+    ("float", _FLOAT, "-+0123456789."),
+    ("merge", re.compile(r"^<<$"), "<"),
+)
 
 
 class Loader(yaml.SafeLoader):
@@ -245,7 +254,8 @@ class Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be text", key.start_mark)
             if key.value in seen and key.value != "<<":
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key.value}' is given twice: keep one", key.start_mark)
+                    None, None, f"key '{key.value}' is given twice: keep one", key.start_mark
+                )
             seen[key.value] = key.start_mark.line
         return {str(key): value for key, value in super().construct_mapping(node, deep=True).items()}
 
@@ -306,14 +316,18 @@ def _bound(root: yaml.Node, name: str) -> None:
         if id(node) not in sizes:
             sizes[id(node)] = None
             children = node.value if isinstance(node, yaml.CollectionNode) else []
-            sizes[id(node)] = 1 + sum(size(part) for child in children
-                                      for part in (child if isinstance(child, tuple) else (child,)))
+            sizes[id(node)] = 1 + sum(
+                size(part) for child in children for part in (child if isinstance(child, tuple) else (child,))
+            )
         known = sizes[id(node)]
         if known is None:
-            raise ConfigError(f"{name}:{node.start_mark.line + 1}: an alias (*) points to what it is part of: "
-                              "write the values out")
+            raise ConfigError(
+                f"{name}:{node.start_mark.line + 1}: an alias (*) points to what it is part of: write the values out"
+            )
         return known
 
     if size(root) > MAX_NODES:
-        raise ConfigError(f"{name}: holds more than {MAX_NODES} values once its aliases (*) are written out: no "
-                          "configuration is that large; remove the aliases")
+        raise ConfigError(
+            f"{name}: holds more than {MAX_NODES} values once its aliases (*) are written out: no "
+            "configuration is that large; remove the aliases"
+        )

@@ -24,8 +24,11 @@ _REMOVE = object()
 _OPTIONS = {"data.sources": "--data"}  # options that are not called as their key is
 
 
-def read_config(target: str | Path | Mapping | RunConfig | None, overrides: Sequence[str] = (),
-                options: Mapping[str, Any] | None = None) -> RunConfig:
+def read_config(
+    target: str | Path | Mapping | RunConfig | None,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> RunConfig:
     """The run configuration of a file, a preset name, a mapping, or (None) of the defaults, with changes on top.
 
     `options` are values by dotted key (named `--key` in messages), `overrides` are `dotted.key=value` texts; a short
@@ -165,8 +168,10 @@ class Draft:
                 for name, content in value.items():
                     self._place(path, name, content, where)
             elif value is not None:
-                self.problems.append(f"{where}: {path} is {describe(value)}: it takes a group of keys"
-                                     + (", or the name of a preset" if path == "model" else ""))
+                self.problems.append(
+                    f"{where}: {path} is {describe(value)}: it takes a group of keys"
+                    + (", or the name of a preset" if path == "model" else "")
+                )
             return
         value = _read_spoken(key, value) if spoken and isinstance(value, str) else value
         if key.kind == "list":
@@ -187,8 +192,10 @@ class Draft:
             self.values["model"] = _preset(name)
             return
         close = difflib.get_close_matches(name, PRESETS, n=1)
-        self.problems.append(f"{where}: model is {describe(name)}, which is no preset: "
-                             + (f"did you mean {close[0]}?" if close else f"presets are {', '.join(PRESETS)}"))
+        self.problems.append(
+            f"{where}: model is {describe(name)}, which is no preset: "
+            + (f"did you mean {close[0]}?" if close else f"presets are {', '.join(PRESETS)}")
+        )
         self.meant.add("model")
 
     def _sources(self, path: str, value: Any, where: str) -> Any:
@@ -203,8 +210,9 @@ class Draft:
             entry = entry.model_dump() if hasattr(entry, "model_dump") else entry
             if isinstance(entry, Mapping):
                 for name in [name for name in entry if name not in names.source_keys()]:
-                    self.problems.append(f"{where}: {path}[{index}] has the unknown key '{name}': "
-                                         f"{names.nearest_source_key(str(name))}")
+                    self.problems.append(
+                        f"{where}: {path}[{index}] has the unknown key '{name}': {names.nearest_source_key(str(name))}"
+                    )
                 entry = {name: item for name, item in entry.items() if name in names.source_keys()}
             entries.append(entry)
         return entries
@@ -224,9 +232,11 @@ class Draft:
         required = [name for name, field in ModelConfig.model_fields.items() if field.is_required()]
         missing = [name for name in required if name not in model and f"model.{name}" not in self.meant]
         if model and missing:
-            self.problems.append(f"{self.origin.get('model', self.name)}: the model is not whole, missing "
-                                 f"{', '.join(f'model.{name}' for name in missing)}: give every one, or start from a "
-                                 "preset with model=gpt2-124m")
+            self.problems.append(
+                f"{self.origin.get('model', self.name)}: the model is not whole, missing "
+                f"{', '.join(f'model.{name}' for name in missing)}: give every one, or start from a "
+                "preset with model=gpt2-124m"
+            )
         if model and any(name not in model for name in required):
             self.meant.update(f"model.{name}" for name in required)
 
@@ -303,8 +313,11 @@ def _preset(name: str) -> dict[str, Any]:
     from kiem.config.presets import PRESETS
 
     values = PRESETS[name].model_dump(exclude_none=True)
-    derived = {"hidden_dim": 4 * values["emb_dim"], "n_kv_heads": values["n_heads"],
-               "head_dim": values["emb_dim"] // values["n_heads"]}
+    derived = {
+        "hidden_dim": 4 * values["emb_dim"],
+        "n_kv_heads": values["n_heads"],
+        "head_dim": values["emb_dim"] // values["n_heads"],
+    }
     return {key: value for key, value in values.items() if derived.get(key) != value}
 
 
@@ -312,8 +325,10 @@ def _without_effect(config: RunConfig) -> list[str]:
     """Keys that were given and can change nothing."""
     data, train, found = config.data, config.train, []
     if data.tokenizer_vocab_size is not None and data.tokenizer != "bpe":
-        found.append("data.tokenizer_vocab_size has no effect with another tokenizer than bpe, as it has its own size: "
-                     "remove it, or set data.tokenizer: bpe")
+        found.append(
+            "data.tokenizer_vocab_size has no effect with another tokenizer than bpe, as it has its own size: "
+            "remove it, or set data.tokenizer: bpe"
+        )
     default = DataConfig.model_fields["validation_fraction"].default
     if data.validation is not None and data.validation_fraction != default:
         found.append("data.validation_fraction has no effect beside data.validation: remove one")

@@ -73,8 +73,10 @@ class Rule:
         problem = Problem(origin, line, what, action)
         if self.on_bad_text == "error":
             where = origin if line is None else f"{origin}, line {line}"
-            raise DataError(f"{where}: {what}. Mend or remove it, or set data.on_bad_text to skip (leave such "
-                            "documents out) or replace (read bad bytes as U+FFFD).")
+            raise DataError(
+                f"{where}: {what}. Mend or remove it, or set data.on_bad_text to skip (leave such "
+                "documents out) or replace (read bad bytes as U+FFFD)."
+            )
         self.report(problem)
 
 
@@ -114,6 +116,7 @@ def read_item(item: Item, text_key: str, rule: Rule) -> Iterator[Document]:
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------------
+
 
 class _Damaged(Exception):
     """A compressed file that does not decompress to its end."""
@@ -161,6 +164,7 @@ def _zstd_blocks(file: Any) -> Iterator[bytes]:
 
 
 # -- text files --------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class _Flaw:
@@ -220,8 +224,9 @@ def _find_flaw(blocks: Iterable[bytes]) -> _Flaw | None:
 def _not_utf8(error: UnicodeDecodeError, base: int, line: int) -> _Flaw:
     """`error.object` starts at byte `base` of the file; bytes carried over from the block before hold no newline."""
     at = error.start
-    return _Flaw(f"not UTF-8 (byte 0x{error.object[at]:02x} at offset {base + at})",
-                 line + error.object[:at].count(b"\n"), True)
+    return _Flaw(
+        f"not UTF-8 (byte 0x{error.object[at]:02x} at offset {base + at})", line + error.object[:at].count(b"\n"), True
+    )
 
 
 def _decode(blocks: Iterable[bytes], errors: str) -> Iterator[str]:
@@ -257,6 +262,7 @@ def pieces(texts: Iterable[str], origin: str) -> Iterator[Document]:
 
 
 # -- records -----------------------------------------------------------------------------------------------------------
+
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     parts: list[bytes] = []
@@ -312,8 +318,12 @@ def _value(value: Any, text_key: str, name: str, number: int, rule: Rule) -> Ite
         try:
             value = value.decode()
         except UnicodeDecodeError as error:
-            rule.bad(name, number, f"not UTF-8 (byte 0x{value[error.start]:02x} at byte {error.start} of {text_key!r})",
-                     "bad bytes read as U+FFFD" if rule.replaces else "left out")
+            rule.bad(
+                name,
+                number,
+                f"not UTF-8 (byte 0x{value[error.start]:02x} at byte {error.start} of {text_key!r})",
+                "bad bytes read as U+FFFD" if rule.replaces else "left out",
+            )
             if not rule.replaces:
                 return
             value = value.decode(errors="replace")
@@ -321,8 +331,12 @@ def _value(value: Any, text_key: str, name: str, number: int, rule: Rule) -> Ite
         rule.bad(name, number, f"field {text_key!r} is {type(value).__name__}, not text")
         return
     if bad := next((c for c in value if "\ud800" <= c <= "\udfff"), None) if not value.isascii() else None:
-        rule.bad(name, number, f"half of a surrogate pair (U+{ord(bad):04X}) is not text",
-                 "read as U+FFFD" if rule.replaces else "left out")
+        rule.bad(
+            name,
+            number,
+            f"half of a surrogate pair (U+{ord(bad):04X}) is not text",
+            "read as U+FFFD" if rule.replaces else "left out",
+        )
         if not rule.replaces:
             return
         value = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in value)
@@ -356,8 +370,12 @@ def _read_parquet(item: Item, text_key: str, rule: Rule) -> Iterator[Document]:
                         value = cell.as_buffer().to_pybytes()
                     yield from _value(value, text_key, item.name, number, rule)
     except pyarrow.ArrowException as error:
-        rule.bad(item.name, number + 1 if number else None, f"damaged Parquet file ({error})",
-                 "the rows before it are kept" if number else "left out")
+        rule.bad(
+            item.name,
+            number + 1 if number else None,
+            f"damaged Parquet file ({error})",
+            "the rows before it are kept" if number else "left out",
+        )
 
 
 def _read_rows(item: Item, text_key: str, rule: Rule) -> Iterator[Document]:

@@ -48,8 +48,10 @@ class Scan:
     def describe(self) -> str:
         """The rule in words, for the report."""
         if self.rule == "tail":
-            return (f"the last {self.held_bytes:,} of {self.bytes:,} bytes, from the start of a line (too few "
-                    "documents to hold some out)")
+            return (
+                f"the last {self.held_bytes:,} of {self.bytes:,} bytes, from the start of a line (too few "
+                "documents to hold some out)"
+            )
         if self.rule == "hash":
             return f"{self.held_documents:,} of {self.documents:,} documents, by a hash of their text and the seed"
         return "all of it" if self.rule == "all" else NOT_HELD_OUT
@@ -102,8 +104,15 @@ class HoldOut:
         return mark < self.fraction * 2.0**64
 
 
-def scan_source(items: Sequence[Item], text_key: str, bad: Rule, hold_out: HoldOut, source: int = 0,
-                sample: Sample | None = None, see: Callable[[str], None] | None = None) -> Scan:
+def scan_source(
+    items: Sequence[Item],
+    text_key: str,
+    bad: Rule,
+    hold_out: HoldOut,
+    source: int = 0,
+    sample: Sample | None = None,
+    see: Callable[[str], None] | None = None,
+) -> Scan:
     """Read a source once. Texts go to `sample`; `see` is called with each."""
     scan, held = Scan(rule=hold_out.rule), False
     counts = [[0, 0] for _ in items]  # documents and bytes of each
@@ -135,8 +144,9 @@ def _usable(scan: Scan, fraction: float) -> bool:
     return scan.held_documents >= FEW and fraction / 4 <= share <= min(4 * fraction, (1 + fraction) / 2)
 
 
-def _hold_out_tail(scan: Scan, counts: list[list[int]], items: Sequence[Item], text_key: str, on_bad_text: str,
-                   fraction: float) -> None:
+def _hold_out_tail(
+    scan: Scan, counts: list[list[int]], items: Sequence[Item], text_key: str, on_bad_text: str, fraction: float
+) -> None:
     """Find the line where the last part of the text begins; reads the one item again that it is in."""
     wanted = max(1, int(fraction * scan.bytes), min(LEAST_TAIL, scan.bytes // 20))
     target = scan.bytes - wanted

@@ -42,8 +42,16 @@ class Batch:
         for start in range(0, len(self.tokens_BT), size):
             rows = slice(start, start + size)
             targets_BT = self.targets_BT[rows]
-            parts.append(Batch(self.tokens_BT[rows], targets_BT, self.positions_BT[rows], self.docs_BT[rows],
-                               int((targets_BT != IGNORE).sum()), self.places[rows]))
+            parts.append(
+                Batch(
+                    self.tokens_BT[rows],
+                    targets_BT,
+                    self.positions_BT[rows],
+                    self.docs_BT[rows],
+                    int((targets_BT != IGNORE).sum()),
+                    self.places[rows],
+                )
+            )
         return parts
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -60,20 +68,24 @@ def n_windows(split: Split, context_length: int) -> int:
 class Loader:
     """`batch(step)` is a pure function of data, context length, batch size, seed and step; the rank picks its rows."""
 
-    def __init__(self, dataset: Dataset, context_length: int, batch_size: int, seed: int, rank: int = 0,
-                 ranks: int = 1) -> None:
+    def __init__(
+        self, dataset: Dataset, context_length: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1
+    ) -> None:
         """`batch_size`: sequences of one update, over all ranks. Raises DataError if a source has no whole window."""
         if batch_size < 1 or context_length < 1:
             raise ConfigError(f"batch_size {batch_size} and context_length {context_length} must be at least 1")
         if not 0 <= rank < ranks or ranks > batch_size:
-            raise ConfigError(f"rank {rank} of {ranks} with {batch_size} sequences a batch: ranks count from 0, and "
-                              "each needs at least one sequence")
+            raise ConfigError(
+                f"rank {rank} of {ranks} with {batch_size} sequences a batch: ranks count from 0, and "
+                "each needs at least one sequence"
+            )
         for split, _ in dataset.train:
             if n_windows(split, context_length) < 1:
                 raise DataError(
                     f"{split.name} has {split.n_tokens:,} training tokens, one context of {context_length:,} needs "
                     f"{context_length + 1:,}. Give more text, or set context_length to {max(2, split.n_tokens - 1)} or "
-                    "less.")
+                    "less."
+                )
         self.dataset, self.context_length, self.batch_size = dataset, context_length, batch_size
         self.splits = [split for split, _ in dataset.train]
         self.rows = range(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
@@ -92,21 +104,25 @@ class Loader:
         return _read(places, size)
 
 
-def validation_batches(split: Split, context_length: int, batch_size: int,
-                       max_tokens: int | None = None) -> Iterator[Batch]:
+def validation_batches(
+    split: Split, context_length: int, batch_size: int, max_tokens: int | None = None
+) -> Iterator[Batch]:
     """Windows one after the other over the whole split, each position once; the last is padded with targets of -100.
 
     `max_tokens`: evenly spread windows with about so many targets instead, the same ones every time.
     """
     if split.n_tokens < 2:
-        raise DataError("there is no held-out text to evaluate on: set data.validation, or a larger "
-                        "data.validation_fraction")
+        raise DataError(
+            "there is no held-out text to evaluate on: set data.validation, or a larger data.validation_fraction"
+        )
     total = -(-(split.n_tokens - 1) // context_length)
     count = total if max_tokens is None else min(total, max(1, max_tokens // context_length))
     windows = [number * total // count for number in range(count)]
     for start in range(0, count, batch_size):
-        places = [(split, window * context_length, min((window + 1) * context_length, split.n_tokens - 1))
-                  for window in windows[start : start + batch_size]]
+        places = [
+            (split, window * context_length, min((window + 1) * context_length, split.n_tokens - 1))
+            for window in windows[start : start + batch_size]
+        ]
         yield _read(places, context_length)
 
 
@@ -126,5 +142,11 @@ def _read(places: list[tuple[Split, int, int]], size: int) -> Batch:
     steps = np.arange(size)
     positions = steps - np.maximum.accumulate(begins * steps, axis=1)
     documents = begins.cumsum(axis=1).astype(np.int32)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(positions),
-                 torch.from_numpy(documents), sum(stop - start for _, start, stop in places), tuple(places))
+    return Batch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(targets),
+        torch.from_numpy(positions),
+        torch.from_numpy(documents),
+        sum(stop - start for _, start, stop in places),
+        tuple(places),
+    )

@@ -74,19 +74,30 @@ class _Job:
     def options(self) -> dict:
         """Everything but the text that decides the tokens."""
         trained = self.tokenizer is None
-        return {"version": VERSION, "tokenizer": self.data.tokenizer if trained else self.tokenizer.digest,
-                "vocab_size": self.vocab_size if self.data.tokenizer == "bpe" else None,
-                "text_keys": [source.text_key for source in self.sources], "train_sources": self.n_train,
-                "validation_fraction": self.data.validation_fraction if self.data.validation is None else None,
-                "on_bad_text": self.data.on_bad_text, "seed": self.seed}
+        return {
+            "version": VERSION,
+            "tokenizer": self.data.tokenizer if trained else self.tokenizer.digest,
+            "vocab_size": self.vocab_size if self.data.tokenizer == "bpe" else None,
+            "text_keys": [source.text_key for source in self.sources],
+            "train_sources": self.n_train,
+            "validation_fraction": self.data.validation_fraction if self.data.validation is None else None,
+            "on_bad_text": self.data.on_bad_text,
+            "seed": self.seed,
+        }
 
     def key(self) -> str:
         contents = [[[item.kind, item.digest] for item in items] for items in self.items]
         return hashlib.sha256(json.dumps([FORMAT, self.options(), contents]).encode()).hexdigest()[:32]
 
 
-def prepare(data: DataConfig, vocab_size: int, seed: int, cache: Path, progress: Progress | None = None,
-            tokenizer_only: bool = False) -> Dataset:
+def prepare(
+    data: DataConfig,
+    vocab_size: int,
+    seed: int,
+    cache: Path,
+    progress: Progress | None = None,
+    tokenizer_only: bool = False,
+) -> Dataset:
     """The tokens of the configured text, made now or taken from `cache`.
 
     `vocab_size`: entries of a bpe tokenizer that is trained here; other tokenizers have their own. `progress(documents,
@@ -100,8 +111,15 @@ def prepare(data: DataConfig, vocab_size: int, seed: int, cache: Path, progress:
             tokenizer = bytes_tokenizer()
         elif data.tokenizer not in ("bpe", "chars"):
             tokenizer = Tokenizer.load(data.tokenizer)
-        job = _Job(sources, [list_items(source, cache) for source in sources], len(data.sources), data, vocab_size,
-                   tokenizer, seed)
+        job = _Job(
+            sources,
+            [list_items(source, cache) for source in sources],
+            len(data.sources),
+            data,
+            vocab_size,
+            tokenizer,
+            seed,
+        )
         weights = [source.weight for source in data.sources]
         names = [source.path for source in sources]
         folder = Path(cache) / "data" / job.key()
@@ -133,11 +151,13 @@ def _storage(cache: Path) -> Iterator[None]:
         if error.errno in NOT_WRITABLE:
             raise StorageError(
                 f"{error.filename or cache}: {error.strerror}. The tokens of the text are kept in {cache}: make room "
-                "there or choose another folder. What is complete stays, and preparing goes on from it.") from None
+                "there or choose another folder. What is complete stays, and preparing goes on from it."
+            ) from None
         raise
 
 
 # -- the pass over the text --------------------------------------------------------------------------------------------
+
 
 class _Problems:
     """Counts all problems, keeps the first ones."""
@@ -165,10 +185,17 @@ def _scan(job: _Job, folder: Path) -> tuple[list[Scan], _Problems, Tokenizer]:
     bad = Rule(job.data.on_bad_text, problems)
     for number, (source, items) in enumerate(zip(job.sources, job.items, strict=True)):
         before = problems.count
-        scans.append(scan_source(
-            items, source.text_key, bad, job.hold_out(number), number,
-            sample if job.data.tokenizer == "bpe" and number < job.n_train else None,
-            characters.update if job.data.tokenizer == "chars" else None))
+        scans.append(
+            scan_source(
+                items,
+                source.text_key,
+                bad,
+                job.hold_out(number),
+                number,
+                sample if job.data.tokenizer == "bpe" and number < job.n_train else None,
+                characters.update if job.data.tokenizer == "chars" else None,
+            )
+        )
         if not scans[-1].documents:
             first = problems.first[before : before + 1]
             because = f" ({problems.count - before} problems, the first: {Problem(**first[0])})" if first else ""
@@ -179,8 +206,9 @@ def _scan(job: _Job, folder: Path) -> tuple[list[Scan], _Problems, Tokenizer]:
     elif job.data.tokenizer == "chars":
         tokenizer = chars_tokenizer(characters)
     tokenizer.save(folder / "tokenizer")
-    write_json(note, {"scans": [asdict(scan) for scan in scans], "problems": problems.first,
-                      "n_problems": problems.count})
+    write_json(
+        note, {"scans": [asdict(scan) for scan in scans], "problems": problems.first, "n_problems": problems.count}
+    )
     return scans, problems, tokenizer
 
 
@@ -203,8 +231,10 @@ class _Counter:
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
-def _encode(job: _Job, folder: Path, scans: list[Scan], problems: _Problems, tokenizer: Tokenizer,
-            progress: Progress | None) -> None:
+
+def _encode(
+    job: _Job, folder: Path, scans: list[Scan], problems: _Problems, tokenizer: Tokenizer, progress: Progress | None
+) -> None:
     """Tokenize every source and write the manifest."""
     counter = _Counter(progress)
     shards = [_encode_source(job, number, folder, scan, tokenizer, counter) for number, scan in enumerate(scans)]
@@ -219,8 +249,9 @@ def _encode(job: _Job, folder: Path, scans: list[Scan], problems: _Problems, tok
             path.unlink()
 
 
-def _encode_source(job: _Job, number: int, folder: Path, scan: Scan, tokenizer: Tokenizer,
-                   counter: "_Counter") -> list[list[dict]]:
+def _encode_source(
+    job: _Job, number: int, folder: Path, scan: Scan, tokenizer: Tokenizer, counter: "_Counter"
+) -> list[list[dict]]:
     """The shards of one source, each with a training and a validation part."""
     done, start, ended = [], (0, 0), False
     while not ended and (note := _read_note(folder, number, len(done))):
@@ -231,8 +262,10 @@ def _encode_source(job: _Job, number: int, folder: Path, scan: Scan, tokenizer: 
     encoded = _encoded(tokenizer, _places(job, number, scan, start))
     last = number == len(job.sources) - 1
     while not ended:
-        pair = [ShardWriter(folder, f"{side}-{number:03d}-{len(done):05d}", token_type(tokenizer.vocab_size))
-                for side in ("train", "validation")]
+        pair = [
+            ShardWriter(folder, f"{side}-{number:03d}-{len(done):05d}", token_type(tokenizer.vocab_size))
+            for side in ("train", "validation")
+        ]
         try:
             start, ended = _fill(pair, encoded, tokenizer, start, counter)
             if ended:  # the end of text that the last document of a split is followed by
@@ -247,13 +280,16 @@ def _encode_source(job: _Job, number: int, folder: Path, scan: Scan, tokenizer: 
             raise
         write_json(folder / _note_name(number, len(done) - 1), {"shards": done[-1], "next": start, "ended": ended})
     if sum(shard["bytes"] for pair in done for shard in pair) != scan.bytes:
-        raise ChangedError(f"source {job.sources[number].path}: changed while it was read, or cannot be read any more. "
-                           "Run again when nothing writes to it.")
+        raise ChangedError(
+            f"source {job.sources[number].path}: changed while it was read, or cannot be read any more. "
+            "Run again when nothing writes to it."
+        )
     return done
 
 
-def _fill(pair: list[ShardWriter], encoded: Iterator, tokenizer: Tokenizer, place: tuple[int, int],
-          counter: "_Counter") -> tuple[tuple[int, int], bool]:
+def _fill(
+    pair: list[ShardWriter], encoded: Iterator, tokenizer: Tokenizer, place: tuple[int, int], counter: "_Counter"
+) -> tuple[tuple[int, int], bool]:
     """Write pieces until a shard is full or the source ends; (place of the next piece, whether it ended)."""
     for place, piece, ids in encoded:
         writer, n_bytes = pair[piece.side], len(piece.text.encode())
@@ -322,14 +358,27 @@ def _batches(pieces: Iterator, size: int) -> Iterator[list]:
 
 def _report(job: _Job, scans: list[Scan], problems: _Problems, train: list[list[dict]], validation: list[dict]) -> dict:
     """What was found, in numbers; the same for the same text whenever and wherever it is made."""
+
     def total(shards: list[dict]) -> dict:
         return {key: sum(shard[key] for shard in shards) for key in ("documents", "bytes", "tokens")}
 
-    sources = [{"path": source.path, "files": len(items), "documents": scan.documents, "bytes": scan.bytes,
-                "held_out": scan.describe()}
-               for source, items, scan in zip(job.sources, job.items, scans, strict=True)]
+    sources = [
+        {
+            "path": source.path,
+            "files": len(items),
+            "documents": scan.documents,
+            "bytes": scan.bytes,
+            "held_out": scan.describe(),
+        }
+        for source, items, scan in zip(job.sources, job.items, scans, strict=True)
+    ]
     for source, shards in zip(sources, train, strict=False):
         source["training"] = total(shards)
-    return {**total([*chain(*train), *validation]), "training": total([*chain(*train)]),
-            "validation": total(validation), "sources": sources, "problems": problems.first,
-            "n_problems": problems.count}
+    return {
+        **total([*chain(*train), *validation]),
+        "training": total([*chain(*train)]),
+        "validation": total(validation),
+        "sources": sources,
+        "problems": problems.first,
+        "n_problems": problems.count,
+    }

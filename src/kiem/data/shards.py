@@ -1,10 +1,10 @@
 """Tokens on disk: shards, document offsets and a manifest, written last. A folder without a manifest is not data.
 
-    manifest.json       what there is, with the size and SHA-256 of every file; its own checksum; the report
-    tokenizer/          tokenizer.json
-    NAME.bin            flat little-endian uint16 (vocabularies up to 65,536) or uint32 token ids, about 64 MiB
-    NAME.docs           uint32: where in this shard its documents begin
-    NAME.names.zst      one line for each document: where its text came from
+manifest.json       what there is, with the size and SHA-256 of every file; its own checksum; the report
+tokenizer/          tokenizer.json
+NAME.bin            flat little-endian uint16 (vocabularies up to 65,536) or uint32 token ids, about 64 MiB
+NAME.docs           uint32: where in this shard its documents begin
+NAME.names.zst      one line for each document: where its text came from
 """
 
 import array
@@ -37,6 +37,7 @@ def token_type(vocab_size: int) -> np.dtype:
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
+
 
 class ShardWriter:
     """Writes one shard. Its files have a temporary name until `close`."""
@@ -73,8 +74,10 @@ class ShardWriter:
         _close_durably(self._file)
         temporary = {"bin": Path(self._file.name)}
         names = "".join(f"{name}\n" for name in self._names).encode("utf-8", "surrogateescape")
-        for suffix, data in (("docs", np.array(self._starts, "<u4").tobytes()),
-                             ("names.zst", zstandard.ZstdCompressor().compress(names))):
+        for suffix, data in (
+            ("docs", np.array(self._starts, "<u4").tobytes()),
+            ("names.zst", zstandard.ZstdCompressor().compress(names)),
+        ):
             temporary[suffix] = self.folder / f"{self.name}.{suffix}.tmp"
             with open(temporary[suffix], "wb") as file:
                 file.write(data)
@@ -84,8 +87,13 @@ class ShardWriter:
             target = self.folder / f"{self.name}.{suffix}"
             files[target.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             os.replace(path, target)
-        return {"name": self.name, "tokens": self.n_tokens, "documents": self.n_documents, "bytes": self.n_bytes,
-                "files": files}
+        return {
+            "name": self.name,
+            "tokens": self.n_tokens,
+            "documents": self.n_documents,
+            "bytes": self.n_bytes,
+            "files": files,
+        }
 
     def abandon(self) -> None:
         """Stop without a shard."""
@@ -113,11 +121,19 @@ def write_json(path: Path, value: Any) -> None:
             os.close(descriptor)
 
 
-def write_manifest(folder: Path, train: list[list[dict]], validation: list[dict], tokenizer: Tokenizer, options: dict,
-                   report: dict) -> None:
+def write_manifest(
+    folder: Path, train: list[list[dict]], validation: list[dict], tokenizer: Tokenizer, options: dict, report: dict
+) -> None:
     """Makes the folder a data set. `train`: shards of each source; `options`: what the data was made with."""
-    body = {"format": FORMAT, "dtype": token_type(tokenizer.vocab_size).str, "tokenizer": tokenizer.digest,
-            "options": options, "train": train, "validation": validation, "report": report}
+    body = {
+        "format": FORMAT,
+        "dtype": token_type(tokenizer.vocab_size).str,
+        "tokenizer": tokenizer.digest,
+        "options": options,
+        "train": train,
+        "validation": validation,
+        "report": report,
+    }
     write_json(folder / MANIFEST, body | {"checksum": _checksum(body)})
 
 
@@ -131,6 +147,7 @@ def _sha256(path: Path) -> str:
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
+
 
 def _search(file: Any, length: int, value: int) -> int:
     """How many of the `length` sorted uint32 of a file are below `value`; reads at most 16 KiB and a few probes."""
@@ -174,8 +191,9 @@ class Split:
                 file.seek((first - base) * self.dtype.itemsize)
                 view = memoryview(out[first - start : last - start]).cast("B")
                 if file.readinto(view) != len(view):
-                    raise DataError(f"{file.name}: shorter than its manifest says. Delete {self.folder} and prepare "
-                                    "again.")
+                    raise DataError(
+                        f"{file.name}: shorter than its manifest says. Delete {self.folder} and prepare again."
+                    )
         return out
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
@@ -252,8 +270,9 @@ class Dataset:
         _verify(self.path, _shards(self))
 
 
-def open_dataset(path: str | Path, weights: Sequence[float] | None = None,
-                 names: Sequence[str] | None = None) -> Dataset:
+def open_dataset(
+    path: str | Path, weights: Sequence[float] | None = None, names: Sequence[str] | None = None
+) -> Dataset:
     """Open prepared data. Checks the manifest, the size of every file, and up to 1 GiB their checksums (see `verify`).
 
     `weights`: of the sources, relative; None, or all 1.0: in proportion to their tokens. `names`: what all the sources
@@ -266,8 +285,10 @@ def open_dataset(path: str | Path, weights: Sequence[float] | None = None,
         raise DataError(f"{path / 'tokenizer'}: not the tokenizer of this data. Delete {path} and prepare again.")
     dtype = np.dtype(body["dtype"])
     report = _named(body["report"], names)
-    splits = [Split(path, f"source {source['path']}", shards, dtype)
-              for source, shards in zip(report["sources"], body["train"], strict=False)]
+    splits = [
+        Split(path, f"source {source['path']}", shards, dtype)
+        for source, shards in zip(report["sources"], body["train"], strict=False)
+    ]
     proportional = weights is None or all(weight == 1.0 for weight in weights)
     if proportional:
         weights = [split.n_tokens for split in splits]
@@ -275,9 +296,15 @@ def open_dataset(path: str | Path, weights: Sequence[float] | None = None,
         raise DataError(f"{path}: {len(weights)} weights for {len(splits)} sources")
     total = sum(weights)
     content = [body["dtype"], body["tokenizer"], [_contents(s) for s in body["train"]], _contents(body["validation"])]
-    dataset = Dataset(path, hashlib.sha256(json.dumps(content).encode()).hexdigest(), tokenizer,
-                      [(split, weight / total) for split, weight in zip(splits, weights, strict=True)],
-                      Split(path, "validation", body["validation"], dtype), report, proportional)
+    dataset = Dataset(
+        path,
+        hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        tokenizer,
+        [(split, weight / total) for split, weight in zip(splits, weights, strict=True)],
+        Split(path, "validation", body["validation"], dtype),
+        report,
+        proportional,
+    )
     _check_sizes(path, _shards(dataset))
     if sum(facts["bytes"] for shard in _shards(dataset) for facts in shard["files"].values()) <= VERIFY_UP_TO:
         dataset.verify()
@@ -286,8 +313,12 @@ def open_dataset(path: str | Path, weights: Sequence[float] | None = None,
 
 def _named(report: dict, names: Sequence[str] | None) -> dict:
     """The report with the sources' present names, and the rule of the validation text in one sentence."""
-    sources = [source | {"path": name} for source, name in
-               zip(report["sources"], names or [source["path"] for source in report["sources"]], strict=True)]
+    sources = [
+        source | {"path": name}
+        for source, name in zip(
+            report["sources"], names or [source["path"] for source in report["sources"]], strict=True
+        )
+    ]
     rule = "; ".join(f"{s['path']}: {s['held_out']}" for s in sources if s["held_out"] != NOT_HELD_OUT)
     return report | {"sources": sources, "validation": report["validation"] | {"rule": rule}}
 
@@ -305,13 +336,17 @@ def _read_manifest(path: Path) -> dict:
         body = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         checksum = body.pop("checksum")
     except FileNotFoundError:
-        raise DataError(f"{path}: not prepared data (no {MANIFEST}; it is written last, so preparing did not end). "
-                        "Prepare the text again: it goes on where it stopped.") from None
+        raise DataError(
+            f"{path}: not prepared data (no {MANIFEST}; it is written last, so preparing did not end). "
+            "Prepare the text again: it goes on where it stopped."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path / MANIFEST}: damaged ({error}). Delete {path} and prepare again.") from None
     if body.get("format") != FORMAT:
-        raise DataError(f"{path}: data of format {body.get('format')!r}, this version reads format {FORMAT}. Prepare "
-                        "the text again.")
+        raise DataError(
+            f"{path}: data of format {body.get('format')!r}, this version reads format {FORMAT}. Prepare "
+            "the text again."
+        )
     if checksum != _checksum(body):
         raise DataError(f"{path / MANIFEST}: damaged (its checksum does not fit). Delete {path} and prepare again.")
     return body
@@ -328,8 +363,9 @@ def _check_sizes(path: Path, shards: list[dict]) -> None:
 
 def _verify(path: Path, shards: list[dict]) -> None:
     _check_sizes(path, shards)
-    bad = [name for shard in shards for name, facts in shard["files"].items()
-           if _sha256(path / name) != facts["sha256"]]
+    bad = [
+        name for shard in shards for name, facts in shard["files"].items() if _sha256(path / name) != facts["sha256"]
+    ]
     if bad:
         raise DataError(f"{path}: damaged: {', '.join(bad)} (checksum does not fit). Delete {path} and prepare again.")
 

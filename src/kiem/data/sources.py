@@ -30,20 +30,95 @@ from kiem.errors import DataError
 __all__ = ["Document", "Problem", "list_items", "read_documents"]
 
 # Not opened when a folder is read. What else turns out not to be text is reported and left out.
-BINARY = frozenset({
-    "7z", "a", "avif", "avi", "bin", "bmp", "bz2", "ckpt", "class", "db", "dll", "dmg", "doc", "docx", "dylib",
-    "eot", "epub", "exe", "flac", "gguf", "gif", "h5", "heic", "ico", "iso", "jar", "jpeg", "jpg", "lib", "m4a",
-    "mkv", "mo", "mov", "mp3", "mp4", "mpeg", "npy", "npz", "o", "obj", "odt", "ogg", "onnx", "otf", "pdf",
-    "pickle", "pkl", "png", "ppt", "pptx", "psd", "pt", "pth", "pyc", "pyd", "pyo", "rar", "safetensors", "so",
-    "sqlite", "sqlite3", "tar", "tgz", "tif", "tiff", "ttf", "war", "wasm", "wav", "webm", "webp", "whl", "woff",
-    "woff2", "xls", "xlsx", "xz", "zip",
-})
+BINARY = frozenset(
+    {
+        "7z",
+        "a",
+        "avif",
+        "avi",
+        "bin",
+        "bmp",
+        "bz2",
+        "ckpt",
+        "class",
+        "db",
+        "dll",
+        "dmg",
+        "doc",
+        "docx",
+        "dylib",
+        "eot",
+        "epub",
+        "exe",
+        "flac",
+        "gguf",
+        "gif",
+        "h5",
+        "heic",
+        "ico",
+        "iso",
+        "jar",
+        "jpeg",
+        "jpg",
+        "lib",
+        "m4a",
+        "mkv",
+        "mo",
+        "mov",
+        "mp3",
+        "mp4",
+        "mpeg",
+        "npy",
+        "npz",
+        "o",
+        "obj",
+        "odt",
+        "ogg",
+        "onnx",
+        "otf",
+        "pdf",
+        "pickle",
+        "pkl",
+        "png",
+        "ppt",
+        "pptx",
+        "psd",
+        "pt",
+        "pth",
+        "pyc",
+        "pyd",
+        "pyo",
+        "rar",
+        "safetensors",
+        "so",
+        "sqlite",
+        "sqlite3",
+        "tar",
+        "tgz",
+        "tif",
+        "tiff",
+        "ttf",
+        "war",
+        "wasm",
+        "wav",
+        "webm",
+        "webp",
+        "whl",
+        "woff",
+        "woff2",
+        "xls",
+        "xlsx",
+        "xz",
+        "zip",
+    }
+)
 REMEMBER = 64 * 1024 * 1024  # bytes: digests of files from this size on are remembered in the cache folder
 RACY = 2.0  # seconds: a file changed so shortly before it was hashed may change again within its time stamp
 
 
-def read_documents(source: Source, on_bad_text: str, report: Callable[[Problem], None],
-                   cache: Path | None = None) -> Iterator[Document]:
+def read_documents(
+    source: Source, on_bad_text: str, report: Callable[[Problem], None], cache: Path | None = None
+) -> Iterator[Document]:
     """Stream the documents of a source in its order. Raises DataError where there is nothing to read, and for every
     problem with `on_bad_text` "error"; with "skip" and "replace", problems go to `report`."""
     for item in list_items(source, cache):
@@ -83,16 +158,20 @@ def _found(path: str, given: Path) -> list[tuple[str, Path]]:
     if given.is_dir():
         found = list(_walk(given))
         if not found:
-            raise DataError(f"source {path}: the folder has no text files (hidden files and binary kinds such as .zip, "
-                            ".png or .pyc are passed over)")
+            raise DataError(
+                f"source {path}: the folder has no text files (hidden files and binary kinds such as .zip, "
+                ".png or .pyc are passed over)"
+            )
     elif glob.has_magic(path):
         matches = sorted({Path(match) for match in glob.glob(str(given), recursive=True)}, key=Path.as_posix)
         found = {file for match in matches for file in (_walk(match) if match.is_dir() else [match])}
         if not found:
             raise DataError(f"source {path}: no file matches this pattern in {Path.cwd()}")
     else:
-        raise DataError(f"source {path}: no such file or folder (looked in {Path.cwd()}). A source is a file, a "
-                        "folder, a glob, '-' for standard input, 'python' for the standard library, or 'hf:NAME'.")
+        raise DataError(
+            f"source {path}: no such file or folder (looked in {Path.cwd()}). A source is a file, a "
+            "folder, a glob, '-' for standard input, 'python' for the standard library, or 'hf:NAME'."
+        )
     # A file that links lead to twice is read once, under its shortest name.
     once: dict[str, Path] = {}
     for file in sorted(found, key=lambda file: (len(file.parts), file.as_posix())):
@@ -122,11 +201,13 @@ def _walk(folder: Path, skip: frozenset[str] = frozenset(), seen: frozenset[str]
 def _standard_library() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     if not root.is_dir():
-        raise DataError(f"source python: this Python has no folder of its standard library ({root}): give a path to "
-                        "text")
+        raise DataError(
+            f"source python: this Python has no folder of its standard library ({root}): give a path to text"
+        )
     skip = frozenset({"site-packages", "dist-packages", "__pycache__"})
-    files = [file for file in _walk(root, skip)
-             if file.suffix in {".py", ".txt", ".rst", ".md"} and file.stat().st_size]
+    files = [
+        file for file in _walk(root, skip) if file.suffix in {".py", ".txt", ".rst", ".md"} and file.stat().st_size
+    ]
     return [(f"python:{file.relative_to(root).as_posix()}", file) for file in sorted(files, key=Path.as_posix)]
 
 
@@ -161,6 +242,7 @@ def _spool(folder: Path) -> Path:
 
 # -- data sets ---------------------------------------------------------------------------------------------------------
 
+
 def _dataset(path: str, cache: Path | None) -> Item:
     try:
         import datasets
@@ -176,8 +258,10 @@ def _dataset(path: str, cache: Path | None) -> Item:
             rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library raises whatever its many readers raise
         reason = f"it has no split {split!r}, but {sorted(rows)}" if isinstance(error, KeyError) else str(error).strip()
-        raise DataError(f"source {path}: {reason or type(error).__name__}. The form is hf:NAME[:CONFIG][:SPLIT], NAME "
-                        "being a data set of the hub or a local folder.") from None
+        raise DataError(
+            f"source {path}: {reason or type(error).__name__}. The form is hf:NAME[:CONFIG][:SPLIT], NAME "
+            "being a data set of the hub or a local folder."
+        ) from None
     if len(rows) == 0:
         raise DataError(f"source {path}: the data set has no rows")
     return Item(path, "dataset", None, _rows_digest(rows, cache), rows=rows)
@@ -205,6 +289,7 @@ def _rows_digest(rows: Any, cache: Path | None) -> str:
 
 
 # -- digests -----------------------------------------------------------------------------------------------------------
+
 
 def _digested(files: list[tuple[str, Path]], cache: Path | None) -> list[Item]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

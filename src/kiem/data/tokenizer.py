@@ -17,8 +17,10 @@ EOT = "<|endoftext|>"
 KNOWN_EOT = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "<|end|>", "[EOS]", "[SEP]")
 # How text is split before merging: words with their leading space, digits in threes, punctuation with the line end
 # behind it, runs of spaces but for the last one, which goes with the word. It is Llama 3's: llama.cpp knows it by name.
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-         r"|\s+(?!\S)|\s+")
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 
 
 class Tokenizer:
@@ -57,8 +59,12 @@ class Tokenizer:
     def _plain_bytes(self) -> bool:
         """Ids are the bytes of the text."""
         vocabulary = self._spec["model"].get("vocab") or {}
-        return (self._no_merges and self._byte_level and self._spec["normalizer"] is None
-                and all(vocabulary.get(c) == b for b, c in enumerate(_byte_alphabet())))
+        return (
+            self._no_merges
+            and self._byte_level
+            and self._spec["normalizer"] is None
+            and all(vocabulary.get(c) == b for b, c in enumerate(_byte_alphabet()))
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens. `decode(encode(text)) == text` for the tokenizers made here."""
@@ -99,10 +105,18 @@ class Tokenizer:
         """Write `tokenizer.json` and `tokenizer_config.json`, as transformers' PreTrainedTokenizerFast reads them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eot, "bos_token": None,
-                    "pad_token": None, "clean_up_tokenization_spaces": False, "split_special_tokens": True}
-        for name, text in (("tokenizer.json", self.core.to_str(pretty=True)),
-                           ("tokenizer_config.json", json.dumps(settings, indent=2))):
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.eot,
+            "bos_token": None,
+            "pad_token": None,
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,
+        }
+        for name, text in (
+            ("tokenizer.json", self.core.to_str(pretty=True)),
+            ("tokenizer_config.json", json.dumps(settings, indent=2)),
+        ):
             temporary = folder / f".{name}.{os.getpid()}"
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, folder / name)
@@ -119,8 +133,10 @@ class Tokenizer:
         if path.is_dir() and vocabulary.is_file() and merges.is_file():
             return Tokenizer(_gpt2_core(vocabulary, merges), _stated_eot(folder))
         found = "it does not exist" if not path.exists() else f"it has neither (given: {path})"
-        raise DataError(f"tokenizer {path}: {found}. Use bpe, bytes, chars, a tokenizer.json, or a folder with "
-                        "tokenizer.json, or with vocab.json and merges.txt.")
+        raise DataError(
+            f"tokenizer {path}: {found}. Use bpe, bytes, chars, a tokenizer.json, or a folder with "
+            "tokenizer.json, or with vocab.json and merges.txt."
+        )
 
     def _check(self, text: str) -> None:
         if self._alphabet is not None and (unknown := set(text) - self._alphabet):
@@ -128,7 +144,8 @@ class Tokenizer:
             raise DataError(
                 f"the character tokenizer does not know {text[at]!r} (U+{ord(text[at]):04X}, character {at} of the "
                 f"text; {len(unknown)} unknown in all): it knows the {len(self._alphabet)} characters of the text it "
-                "was made from. Use tokenizer bpe or bytes, which know every text.")
+                "was made from. Use tokenizer bpe or bytes, which know every text."
+            )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -142,9 +159,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     core = _byte_level_core(SPLIT)
     alphabet = sorted(_byte_alphabet())
-    core.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[AddedToken(EOT, special=True, normalized=False)],
-        initial_alphabet=alphabet, show_progress=False, max_token_length=32))
+    core.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[AddedToken(EOT, special=True, normalized=False)],
+            initial_alphabet=alphabet,
+            show_progress=False,
+            max_token_length=32,
+        ),
+    )
     return Tokenizer(core, EOT)
 
 
@@ -180,8 +204,11 @@ def _byte_level_core(split: str | None, vocabulary: dict | None = None, merges: 
 
     core = Core(models.BPE(vocab=vocabulary, merges=list(merges)) if vocabulary else models.BPE())
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
-    core.pre_tokenizer = to_bytes if split is None else pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(split), behavior="isolated"), to_bytes])
+    core.pre_tokenizer = (
+        to_bytes
+        if split is None
+        else pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), behavior="isolated"), to_bytes])
+    )
     core.decoder = decoders.ByteLevel()
     return core
 
@@ -205,8 +232,9 @@ def _gpt2_core(vocabulary_file: Path, merges_file: Path) -> Any:
         folder = vocabulary_file.parent
         raise DataError(f"tokenizer {folder}: vocab.json and merges.txt do not make a tokenizer ({error})") from None
     if missing := [b for b, c in enumerate(_byte_alphabet()) if c not in vocabulary]:
-        raise DataError(f"tokenizer {vocabulary_file}: not byte-level BPE as GPT-2's: {len(missing)} of 256 bytes have "
-                        "no entry")
+        raise DataError(
+            f"tokenizer {vocabulary_file}: not byte-level BPE as GPT-2's: {len(missing)} of 256 bytes have no entry"
+        )
     return core
 
 

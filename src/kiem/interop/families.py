@@ -73,8 +73,12 @@ _GPT2_WEIGHTS = (
     Weight(("tok_emb",), "transformer.wte"),
     Weight(("pos_emb",), "transformer.wpe"),
     Weight(("blocks.{i}.norm1",), "transformer.h.{i}.ln_1", bias=True),
-    Weight(("blocks.{i}.attn.q", "blocks.{i}.attn.k", "blocks.{i}.attn.v"), "transformer.h.{i}.attn.c_attn", True,
-           transposed=True),
+    Weight(
+        ("blocks.{i}.attn.q", "blocks.{i}.attn.k", "blocks.{i}.attn.v"),
+        "transformer.h.{i}.attn.c_attn",
+        True,
+        transposed=True,
+    ),
     Weight(("blocks.{i}.attn.out",), "transformer.h.{i}.attn.c_proj", True, True),
     Weight(("blocks.{i}.norm2",), "transformer.h.{i}.ln_2", bias=True),
     Weight(("blocks.{i}.mlp.up",), "transformer.h.{i}.mlp.c_fc", True, True),
@@ -120,7 +124,9 @@ FAMILIES: dict[str, Family] = {
             keys=_GPT2_KEYS,
             defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
             required={
-                "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+                "scale_attn_weights": True,
+                "scale_attn_by_inverse_layer_idx": False,
+                "add_cross_attention": False,
             },
             weights=_GPT2_WEIGHTS,
             ignored=(".attn.bias", ".attn.masked_bias"),  # the causal mask, kept as a buffer in old files
@@ -172,7 +178,7 @@ def misfits(family: Family, config: ModelConfig) -> list[str]:
 
 
 def family_of(config: ModelConfig) -> str | None:
-    """"gpt2", "llama" or "qwen3", or None when no model class of the ecosystem computes what this config does."""
+    """ "gpt2", "llama" or "qwen3", or None when no model class of the ecosystem computes what this config does."""
     return next((name for name, family in FAMILIES.items() if not misfits(family, config)), None)
 
 

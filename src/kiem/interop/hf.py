@@ -51,14 +51,18 @@ def from_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str,
                     raise CheckpointError(f"tensor {hf}.weight is missing, and this {family.name} model needs it")
                 ours.update(_split(tensor, parts, f"{hf}.{kind}", weight.transposed))
             elif tensor is not None and bool(tensor.any()):
-                raise CheckpointError(f"tensor {hf}.{kind} is not zero, and the model config has no bias there "
-                                      f"(qkv_bias {config.qkv_bias}, bias {config.bias}): turn it on")
+                raise CheckpointError(
+                    f"tensor {hf}.{kind} is not zero, and the model config has no bias there "
+                    f"(qkv_bias {config.qkv_bias}, bias {config.bias}): turn it on"
+                )
     head = rest.pop("lm_head.weight", None) if config.tie_embeddings else None
     if head is not None and not torch.equal(head.float(), ours["tok_emb.weight"]):
         raise CheckpointError("tensor lm_head.weight differs from the token embedding: set tie_embeddings: false")
     if rest:
-        raise CheckpointError(f"the weights hold tensors that a {family.name} model of this config has no place for: "
-                              f"{', '.join(sorted(rest)[:5])}{' ...' if len(rest) > 5 else ''}")
+        raise CheckpointError(
+            f"the weights hold tensors that a {family.name} model of this config has no place for: "
+            f"{', '.join(sorted(rest)[:5])}{' ...' if len(rest) > 5 else ''}"
+        )
     return ours
 
 
@@ -93,7 +97,9 @@ def _split(tensor: Tensor | None, parts: list[tuple[str, torch.Size]], hf: str, 
     wanted = (sum(rows), *parts[0][1][1:])
     if tuple(tensor.shape) != wanted:
         names = ", ".join(name for name, _ in parts)
-        raise CheckpointError(f"tensor {hf} is {tuple(tensor.shape)}{' after transposition' if transposed else ''}, "
-                              f"and the model config needs {wanted} for {names}")
+        raise CheckpointError(
+            f"tensor {hf} is {tuple(tensor.shape)}{' after transposition' if transposed else ''}, "
+            f"and the model config needs {wanted} for {names}"
+        )
     pieces = tensor.float().split(rows)
     return {name: piece.contiguous() for (name, _), piece in zip(parts, pieces, strict=True)}

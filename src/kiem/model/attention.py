@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kiem.config.model import ModelConfig
 from kiem.model.cache import Cache
 from kiem.model.layers import Linear, RMSNorm
-from kiem.ops.rotary import rotate
+from kiem.model.ops.rotary import rotate
 
 
 def rotary_tables(positions_BT: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kiem.config.model import ModelConfig
-from kiem.ops.feed_forward import gelu_linear, swiglu_linear
+from kiem.model.ops.feed_forward import gelu_linear, swiglu_linear
 
 
 class Linear(nn.Linear):

@@ -6,7 +6,7 @@ from bisect import bisect_left
 
 from kiem.report.read import Run, as_number, thin
 from kiem.report.svg import Chart, Line
-from kiem.train.metrics import Smoothed
+from kiem.runs.metrics import Smoothed
 
 BUCKETS = 300
 ORDERS_FOR_LOG_Y = 30.0
@@ -17,19 +17,35 @@ def charts_of(run: Run) -> list[tuple[Chart, str]]:
     window = run.smoothing_steps
     held_out = _held_out(run)
     charts = [
-        _chart("loss", "Loss", "nats per token", [
-            _line(run, "training, each step", "raw", run.steps["loss"]),
-            _line(run, f"training, smoothed over about {window} steps", "main", run.smoothed, extremes=False),
-            held_out,
-        ]),
-        _chart("rate", "Learning rate", "at each step", [
-            _line(run, "AdamW", "main", run.steps["lr"], extremes=False),
-            _line(run, "Muon (matrices)", "second", run.steps["matrix_lr"], extremes=False),
-        ], from_zero=True),
+        _chart(
+            "loss",
+            "Loss",
+            "nats per token",
+            [
+                _line(run, "training, each step", "raw", run.steps["loss"]),
+                _line(run, f"training, smoothed over about {window} steps", "main", run.smoothed, extremes=False),
+                held_out,
+            ],
+        ),
+        _chart(
+            "rate",
+            "Learning rate",
+            "at each step",
+            [
+                _line(run, "AdamW", "main", run.steps["lr"], extremes=False),
+                _line(run, "Muon (matrices)", "second", run.steps["matrix_lr"], extremes=False),
+            ],
+            from_zero=True,
+        ),
         _chart("gradient", "Gradient norm", "L2, before clipping", _raw_and_smoothed(run, "grad_norm"), spread=True),
         _chart("speed", "Speed", "tokens/s", _raw_and_smoothed(run, "tokens_per_second"), from_zero=True),
-        _chart("share", "Matrix-product rate", "% of the machine's own, measured",
-               _raw_and_smoothed(run, "matmul_share", 100.0), from_zero=True),
+        _chart(
+            "share",
+            "Matrix-product rate",
+            "% of the machine's own, measured",
+            _raw_and_smoothed(run, "matmul_share", 100.0),
+            from_zero=True,
+        ),
     ]
     return [(chart, describe(chart)) for chart in charts if chart is not None]
 
@@ -65,8 +81,10 @@ def _raw_and_smoothed(run: Run, column: str, scale: float = 1.0) -> list[Line | 
     values = array("d", (scale * y for y in run.steps[column]))
     smooth = Smoothed(run.smoothing_steps)
     means = array("d", (smooth.update(y) for y in values))
-    return [_line(run, "each step", "raw", values),
-            _line(run, f"smoothed over about {run.smoothing_steps} steps", "main", means, extremes=False)]
+    return [
+        _line(run, "each step", "raw", values),
+        _line(run, f"smoothed over about {run.smoothing_steps} steps", "main", means, extremes=False),
+    ]
 
 
 def _held_out(run: Run) -> Line | None:

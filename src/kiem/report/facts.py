@@ -33,8 +33,11 @@ def facts(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def plan_rows(planned: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
     """(what, planned, measured, ratio) as text."""
-    writers = {"peak_memory_bytes": ("peak memory", bytes_text), "step_seconds": ("time of one step", seconds_text),
-               "tokens_per_second": ("tokens per second", integer_text)}
+    writers = {
+        "peak_memory_bytes": ("peak memory", bytes_text),
+        "step_seconds": ("time of one step", seconds_text),
+        "tokens_per_second": ("tokens per second", integer_text),
+    }
     for key, (name, write) in writers.items():
         of = planned[key]
         yield name, write(of["planned"]), write(of["measured"]), number_text(of["ratio"], 2)

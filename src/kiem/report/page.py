@@ -5,8 +5,6 @@ names by their hash. Text from the model, the data and the configuration is esca
 that cannot leave its element.
 """
 
-import base64
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -15,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from kiem.files import digest, embedded_json
 from kiem.format import bytes_text, count_text, integer_text, number_text, percent_text, printable, seconds_text
 from kiem.report.charts import charts_of
 from kiem.report.facts import facts, headline, plan_rows
@@ -34,10 +33,20 @@ def render_page(report: dict[str, Any], run: Run) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     data = {chart.name: chart_data(chart) for chart, _ in charts}
-    body = "".join([
-        _header(report), _tiles(report), _curves(charts), _compression(report), _plan(report), _samples(report),
-        _evaluations(report), _data(report), _problems(report), _details(report),
-    ])
+    body = "".join(
+        [
+            _header(report),
+            _tiles(report),
+            _curves(charts),
+            _compression(report),
+            _plan(report),
+            _samples(report),
+            _evaluations(report),
+            _data(report),
+            _problems(report),
+            _details(report),
+        ]
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -48,16 +57,6 @@ def render_page(report: dict[str, Any], run: Run) -> str:
         f'<script type="application/json" id="chart-data">{embedded_json(data)}</script>\n<script>{script}</script>\n'
         "</body>\n</html>\n"
     )
-
-
-def embedded_json(value: Any) -> str:
-    """JSON for a script element: nothing in it can end the element, open a comment or break a line of JavaScript."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def digest(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _text(value: Any) -> str:
@@ -97,14 +96,18 @@ def _header(report: dict[str, Any]) -> str:
 
 
 def _tiles(report: dict[str, Any]) -> str:
-    big = [("bits per byte", number_text(report["bits_per_byte"], 3), "held-out text"),
-           ("held-out loss", number_text(report["loss"], 3), "nats per token"),
-           ("speed", integer_text(report["tokens_per_second"]), "tokens/s"),
-           ("matrix products", percent_text(report["matmul_share"]), "of measured rate"),
-           ("training time", seconds_text(report["seconds"]), f"{count_text(report['tokens'])} tokens"),
-           ("peak memory", bytes_text(report["peak_memory_bytes"]), "of the process")]
-    tiles = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}<small>{_text(unit)}</small></dd></div>"
-                    for name, value, unit in big)
+    big = [
+        ("bits per byte", number_text(report["bits_per_byte"], 3), "held-out text"),
+        ("held-out loss", number_text(report["loss"], 3), "nats per token"),
+        ("speed", integer_text(report["tokens_per_second"]), "tokens/s"),
+        ("matrix products", percent_text(report["matmul_share"]), "of measured rate"),
+        ("training time", seconds_text(report["seconds"]), f"{count_text(report['tokens'])} tokens"),
+        ("peak memory", bytes_text(report["peak_memory_bytes"]), "of the process"),
+    ]
+    tiles = "".join(
+        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}<small>{_text(unit)}</small></dd></div>"
+        for name, value, unit in big
+    )
     return f'<dl class="tiles">{tiles}</dl>\n'
 
 
@@ -112,16 +115,22 @@ def _curves(charts: list) -> str:
     if not charts:
         return _section("Curves", "<p>No step has been logged yet.</p>")
     choose = "".join(
-        f"<fieldset><legend>{legend}</legend>" + "".join(
+        f"<fieldset><legend>{legend}</legend>"
+        + "".join(
             f'<label><input type="radio" name="{group}" id="{group}-{value}"{" checked" if value == values[0] else ""}>'
-            f"{value}</label>" for value in values) + "</fieldset>"
+            f"{value}</label>"
+            for value in values
+        )
+        + "</fieldset>"
         for legend, group, values in (("along", "x", ("tokens", "time")), ("scale", "scale", ("linear", "log")))
     )
     drawn = "\n".join(render_chart(chart, said) for chart, said in charts)
-    return (f'<section class="curves"><h2>Curves</h2><div class="choose">{choose}</div>\n'
-            '<p class="quiet">Time is training time; evaluations and saves are not counted.</p>\n'
-            f'<div class="charts">{drawn}</div>\n<p id="values" class="visually-hidden" aria-live="polite"></p>'
-            '<div id="tip" hidden></div></section>\n')
+    return (
+        f'<section class="curves"><h2>Curves</h2><div class="choose">{choose}</div>\n'
+        '<p class="quiet">Time is training time; evaluations and saves are not counted.</p>\n'
+        f'<div class="charts">{drawn}</div>\n<p id="values" class="visually-hidden" aria-live="polite"></p>'
+        '<div id="tip" hidden></div></section>\n'
+    )
 
 
 def _compression(report: dict[str, Any]) -> str:
@@ -158,9 +167,16 @@ def _samples(report: dict[str, Any]) -> str:
     rates = report["python_samples"]
     parts = []
     if rates:
-        parts.append(_table(("step", "accepted", "judged", "share"),
-                            [(integer_text(r["step"]), r["accepted"], r["judged"], percent_text(r["accepted_share"]))
-                             for r in rates], "Samples that Python's own parser accepts as the beginning of a program"))
+        parts.append(
+            _table(
+                ("step", "accepted", "judged", "share"),
+                [
+                    (integer_text(r["step"]), r["accepted"], r["judged"], percent_text(r["accepted_share"]))
+                    for r in rates
+                ],
+                "Samples that Python's own parser accepts as the beginning of a program",
+            )
+        )
     steps = sorted({s["step"] for s in report["samples"]})
     for step in steps:
         drawn = [s for s in report["samples"] if s["step"] == step]
@@ -180,8 +196,16 @@ def _sample(sample: dict[str, Any]) -> str:
 
 
 def _evaluations(report: dict[str, Any]) -> str:
-    rows = [(integer_text(e["step"]), count_text(e["tokens"]), number_text(e["loss"]), number_text(e["perplexity"], 2),
-             number_text(e["bits_per_byte"])) for e in report["evaluations"]]
+    rows = [
+        (
+            integer_text(e["step"]),
+            count_text(e["tokens"]),
+            number_text(e["loss"]),
+            number_text(e["perplexity"], 2),
+            number_text(e["bits_per_byte"]),
+        )
+        for e in report["evaluations"]
+    ]
     if not rows:
         return _section("Evaluations", "<p>The held-out text has not been evaluated yet.</p>")
     table = _table(("step", "tokens", "loss (nats per token)", "perplexity", "bits per byte"), rows)
@@ -194,16 +218,26 @@ def _data(report: dict[str, Any]) -> str:
     if not isinstance(data, dict) or not data:
         return _section("Data", "<p>The facts of the data were not at hand when this report was written.</p>")
     validation = data.get("validation")
-    parts = [_table(("", "documents", "bytes", "tokens"), [
-        _amounts(name, of) for name, of in (("training", data.get("training")), ("held out", validation), ("all", data))
-        if isinstance(of, dict)
-    ])]
+    parts = [
+        _table(
+            ("", "documents", "bytes", "tokens"),
+            [
+                _amounts(name, of)
+                for name, of in (("training", data.get("training")), ("held out", validation), ("all", data))
+                if isinstance(of, dict)
+            ],
+        )
+    ]
     if isinstance(validation, dict) and validation.get("rule"):
         parts.append(f'<p class="quiet">Held out: {_text(validation["rule"])}.</p>')
     sources = [s for s in data.get("sources") or () if isinstance(s, dict)]
     if len(sources) > 1:
-        parts.append(_table(("source", "documents", "bytes", "tokens"),
-                            [_amounts(s.get("path"), {**s, **(s.get("training") or {})}) for s in sources]))
+        parts.append(
+            _table(
+                ("source", "documents", "bytes", "tokens"),
+                [_amounts(s.get("path"), {**s, **(s.get("training") or {})}) for s in sources],
+            )
+        )
     return _section("Data", *parts, _text_problems(data))
 
 

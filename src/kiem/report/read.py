@@ -10,10 +10,20 @@ from typing import Any
 from kiem.config.formats import read_mapping
 from kiem.errors import CheckpointError, ConfigError
 from kiem.format import is_number, number_text
-from kiem.train.metrics import Smoothed, iter_records
+from kiem.runs.metrics import Smoothed, iter_records
 
-COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "matrix_lr", "tokens_per_second", "matmul_share",
-           "step_seconds", "memory_bytes")
+COLUMNS = (
+    "step",
+    "tokens",
+    "loss",
+    "grad_norm",
+    "lr",
+    "matrix_lr",
+    "tokens_per_second",
+    "matmul_share",
+    "step_seconds",
+    "memory_bytes",
+)
 
 
 @dataclass
@@ -42,8 +52,10 @@ def read_run(folder: str | Path) -> Run:
     """Read everything a report needs. Raises CheckpointError if `folder` is no run folder."""
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
-        raise CheckpointError(f"{folder} is not a run folder: it has neither config.yaml nor metrics.jsonl. "
-                              "Name the folder that `kiem train` printed, for example runs/demo")
+        raise CheckpointError(
+            f"{folder} is not a run folder: it has neither config.yaml nor metrics.jsonl. "
+            "Name the folder that `kiem train` printed, for example runs/demo"
+        )
     run = Run(folder)
     for record in iter_records(folder / "metrics.jsonl", run.problems):
         _take(run, record)

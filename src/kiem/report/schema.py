@@ -2,7 +2,7 @@
 
 import re
 
-from kiem.train.metrics import RECORDS, SAMPLE_KEYS
+from kiem.runs.metrics import RECORDS, SAMPLE_KEYS
 
 SCHEMA_VERSION = 1
 

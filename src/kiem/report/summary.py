@@ -5,10 +5,8 @@ It works on a run that finished, stopped early or is still going, and says what 
 
 import json
 import math
-import os
 import platform
 import statistics
-import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kiem.config.model import ModelConfig
-from kiem.errors import StorageError
-from kiem.plan.count import total_parameters
+from kiem.files import write_atomically
+from kiem.planning.count import total_parameters
 from kiem.report.baselines import compression_baselines, is_python_corpus, parse_rates
 from kiem.report.page import render_page
 from kiem.report.read import Run, as_number, read_run, thin
@@ -54,25 +52,6 @@ def write(run_folder: str | Path, dataset: "Dataset | None" = None) -> dict[str,
     write_atomically(run.folder / "report.json", json.dumps(report, allow_nan=False, indent=1) + "\n")
     write_atomically(run.folder / "report.html", render_page(report, run))
     return report
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at once, so that a reader sees the old one or the new one. Raises StorageError."""
-    name = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        what = f"{path} cannot be written: {error.strerror or error}. The run itself is untouched"
-        raise StorageError(what) from error
-    finally:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
 
 
 def _build(run: Run, dataset: "Dataset | None") -> dict[str, Any]:
@@ -158,8 +137,11 @@ def _held_out(run: Run) -> dict[str, Any]:
 def _speed(run: Run) -> dict[str, Any]:
     """Rates over the whole run. Where the log begins after the first step, they are those of the logged steps."""
     seconds = run.seconds[-1] if len(run) else 0.0
-    busy = [(share, time) for share, time in zip(run.steps["matmul_share"], run.steps["step_seconds"], strict=True)
-            if math.isfinite(share) and math.isfinite(time)]
+    busy = [
+        (share, time)
+        for share, time in zip(run.steps["matmul_share"], run.steps["step_seconds"], strict=True)
+        if math.isfinite(share) and math.isfinite(time)
+    ]
     time_in_all = sum(time for _, time in busy)
     memory = [m for m in run.steps["memory_bytes"] if math.isfinite(m)]
     times = [t for t in run.steps["step_seconds"] if math.isfinite(t)]
@@ -190,8 +172,11 @@ def _plan_against_measured(run: Run, report: dict[str, Any]) -> dict[str, dict[s
     for name in ("peak_memory_bytes", "step_seconds", "tokens_per_second"):
         planned, measured = as_number(run.plan.get(name)), as_number(report.get(name))
         known = math.isfinite(planned) and math.isfinite(measured) and measured > 0
-        pairs[name] = {"planned": _number(run.plan, name), "measured": report[name],
-                       "ratio": planned / measured if known else None}
+        pairs[name] = {
+            "planned": _number(run.plan, name),
+            "measured": report[name],
+            "ratio": planned / measured if known else None,
+        }
     return pairs
 
 
@@ -245,8 +230,13 @@ def _environment(run: Run, earlier: dict[str, Any]) -> dict[str, Any]:
     if isinstance(earlier.get("environment"), dict):
         return earlier["environment"]
     machine = run.plan.get("machine")
-    return {"kiem": _version("kiem"), "torch": _version("torch"), "python": platform.python_version(),
-            "platform": platform.platform(), **(machine if isinstance(machine, dict) else {})}
+    return {
+        "kiem": _version("kiem"),
+        "torch": _version("torch"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **(machine if isinstance(machine, dict) else {}),
+    }
 
 
 def _version(package: str) -> str | None:

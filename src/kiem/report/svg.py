@@ -15,8 +15,36 @@ from kiem.format import seconds_text
 MODES = (("tokens", "linear"), ("tokens", "log"), ("time", "linear"), ("time", "log"))
 HEIGHT, TOP, BOTTOM = 220, 8, 26
 WIDTH = 1000  # of the stretched coordinate system inside
-SECOND_STEPS = (0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400, 28_800,
-                43_200, 86_400, 172_800, 432_000, 864_000, 1_728_000, 4_320_000, 8_640_000)
+SECOND_STEPS = (
+    0.001,
+    0.01,
+    0.1,
+    0.5,
+    1,
+    2,
+    5,
+    10,
+    15,
+    30,
+    60,
+    120,
+    300,
+    600,
+    900,
+    1800,
+    3600,
+    7200,
+    14_400,
+    28_800,
+    43_200,
+    86_400,
+    172_800,
+    432_000,
+    864_000,
+    1_728_000,
+    4_320_000,
+    8_640_000,
+)
 LOG_SECONDS = (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36_000, 86_400, 864_000, 8_640_000)
 
 
@@ -133,9 +161,16 @@ def render_chart(chart: Chart, description: str) -> str:
 def chart_data(chart: Chart) -> dict:
     """What the page's script needs to show values: axes per mode, and the lines."""
     axes = {f"{q}-{s}": [(a := x_axis(chart, q, s)).low, a.high] for q, s in MODES}
-    lines = [{"name": line.name, "step": list(line.steps), "tokens": [round(x) for x in line.xs["tokens"]],
-              "time": [float(f"{x:.6g}") for x in line.xs["time"]], "y": [float(f"{y:.6g}") for y in line.ys]}
-             for line in chart.lines]
+    lines = [
+        {
+            "name": line.name,
+            "step": list(line.steps),
+            "tokens": [round(x) for x in line.xs["tokens"]],
+            "time": [float(f"{x:.6g}") for x in line.xs["time"]],
+            "y": [float(f"{y:.6g}") for y in line.ys],
+        }
+        for line in chart.lines
+    ]
     return {"axes": axes, "unit": chart.unit, "lines": lines}
 
 
@@ -148,19 +183,27 @@ def _mode(chart: Chart, quantity: str, scale: str, y: Axis) -> str:
         at = 100 * x.at(value)
         anchor = "start" if at < 4 else "end" if at > 96 else "middle"
         label, foot = escape(write(value)), TOP + HEIGHT
-        parts.append(f'<line class="tick" x1="{at:.2f}%" x2="{at:.2f}%" y1="{foot}" y2="{foot + 5}"/>'
-                     f'<text x="{at:.2f}%" y="{foot + 20}" text-anchor="{anchor}">{label}</text>')
+        parts.append(
+            f'<line class="tick" x1="{at:.2f}%" x2="{at:.2f}%" y1="{foot}" y2="{foot + 5}"/>'
+            f'<text x="{at:.2f}%" y="{foot + 20}" text-anchor="{anchor}">{label}</text>'
+        )
     paths, dots = [], []
     for line in chart.lines:
-        points = [(x.at(px), (1 - y.at(py)) * HEIGHT) for px, py in zip(line.xs[quantity], line.ys, strict=True)
-                  if (px > 0 or not x.log) and (py > 0 or not y.log)]
+        points = [
+            (x.at(px), (1 - y.at(py)) * HEIGHT)
+            for px, py in zip(line.xs[quantity], line.ys, strict=True)
+            if (px > 0 or not x.log) and (py > 0 or not y.log)
+        ]
         if line.dots:
-            dots += [f'<circle class="{line.look}" cx="{100 * px:.2f}%" cy="{TOP + py:.1f}" r="3.5"/>'
-                     for px, py in points]
+            dots += [
+                f'<circle class="{line.look}" cx="{100 * px:.2f}%" cy="{TOP + py:.1f}" r="3.5"/>' for px, py in points
+            ]
         if points:
             paths.append(f'<path class="{line.look}" d="{_path(points)}"/>')
-    return (f'<g class="mode {quantity}-{scale}">{"".join(parts)}<svg x="0" y="{TOP}" width="100%" height="{HEIGHT}" '
-            f'viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none">{"".join(paths)}</svg>{"".join(dots)}</g>')
+    return (
+        f'<g class="mode {quantity}-{scale}">{"".join(parts)}<svg x="0" y="{TOP}" width="100%" height="{HEIGHT}" '
+        f'viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none">{"".join(paths)}</svg>{"".join(dots)}</g>'
+    )
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:

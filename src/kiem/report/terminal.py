@@ -48,8 +48,11 @@ class TerminalReport:
         points = [(x, y) for x, y in zip(curve["tokens"], curve["train_loss"], strict=True) if y is not None]
         if len(points) < 2:
             return
-        held_out = [(e["tokens"], e["loss"]) for e in self.report["evaluations"]
-                    if isinstance(e["tokens"], int) and isinstance(e["loss"], float)]
+        held_out = [
+            (e["tokens"], e["loss"])
+            for e in self.report["evaluations"]
+            if isinstance(e["tokens"], int) and isinstance(e["loss"], float)
+        ]
         width = min(options.max_width, MOST_CURVE_COLUMNS) - 9
         if width < 16:
             return
@@ -97,8 +100,9 @@ def _python(rates: list[dict[str, Any]]) -> Table:
     for name in ("step", "accepted", "of", "share"):
         table.add_column(name, justify="right", overflow="fold")
     for rate in (rates[0], rates[-1])[: len(rates)]:
-        table.add_row(integer_text(rate["step"]), str(rate["accepted"]), str(rate["judged"]),
-                      percent_text(rate["accepted_share"]))
+        table.add_row(
+            integer_text(rate["step"]), str(rate["accepted"]), str(rate["judged"]), percent_text(rate["accepted_share"])
+        )
     return table
 
 

@@ -1,0 +1,206 @@
+"""The verbs that look inside a program: explain and verify."""
+
+from typing import Any
+
+import click
+
+from kiem.cli.console import StatusLine, print_json, print_rich, to_stderr
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("target")
+@click.argument("arguments", nargs=-1)
+@click.option("--wrt", "leaves", multiple=True, metavar="NAME", help="The chain rule to this tensor. Repeatable.")
+@click.option("--call", type=int, default=-1, help="Which backward call, from 0; -1 is the last.")
+@click.option("--tensors", is_flag=True, help="The table of all tensors.")
+@click.option("--operations", is_flag=True, help="The table of all operations.")
+@click.option("--backward", is_flag=True, help="Each backward step in order.")
+@click.option("--all", "whole", is_flag=True, help="Long tables and chains in full.")
+@click.option("--eager", is_flag=True, help="Run compiled functions uncompiled, so that their inside is seen.")
+@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="The page: one file, no network.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON document.")
+def explain(target, arguments, leaves, call, tensors, operations, backward, whole, eager, page, as_json) -> None:
+    """Show what a PyTorch program does: every operation, tensor and gradient.
+
+    TARGET is a Python file (run as it is), module:function, a model configuration, a preset, or the folder of a run
+    (its model on its next batch). Arguments of the program follow; options of its own stand after `--`.
+
+    \b Examples:
+      kiem explain train_step.py                     what ran, and the chain rule of small programs
+      kiem explain train_step.py --wrt model.0.weight
+      kiem explain train_step.py --html page.html -- --lr 0.1
+      kiem explain gpt2-124m --html gpt2.html
+      kiem explain runs/books --tensors
+    """
+    _check_folder(page)
+    trace, _ = _recorded(target, arguments, verify=False, eager=eager, quiet=as_json)
+    call, chains = _chains(trace, leaves, call)
+    if page:
+        trace.html(page)
+    if as_json:
+        from kiem.inspect.show.chain import document
+
+        print_json({**trace.to_dict(), "chains": [document(chain) for chain in chains]})
+    else:
+        _print_trace(trace, chains, call, tensors, operations, backward, whole)
+        if page:
+            click.echo(f"page: {page}")
+    _end(trace)
+
+
+@click.command()
+@click.argument("target")
+@click.argument("arguments", nargs=-1)
+@click.option("--eager", is_flag=True, help="Run compiled functions uncompiled, so that their inside is seen.")
+@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="The page, coloured by verdict.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress, and no program that shows what is wrong.")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdicts as one JSON document.")
+def verify(target, arguments, eager, page, quiet, as_json) -> None:
+    """Prove the gradients of a PyTorch program, on its own data, device and types. Exit code 1 if one is wrong.
+
+    Every operation's gradient is held against a numeric derivative in float64 and an independent rule; then every
+    parameter's, end to end. TARGET and arguments are those of `kiem explain`. For a model configuration, preset or run,
+    its ways of computing (fused, bfloat16, compiled, accumulated) are compared too.
+
+    \b
+    Examples:
+      kiem verify train_step.py
+      kiem verify mypackage.model:one_step --json
+      kiem verify gpt2-124m
+      kiem verify runs/books
+    """
+    _check_folder(page)
+    status = StatusLine(not quiet)
+    trace, program = _recorded(target, arguments, verify=True, eager=eager, quiet=as_json, told=status)
+    status.clear()
+    verification = trace.verify()
+    if page:
+        trace.html(page, verification.result)
+    examples = [] if quiet else verification.minimal_programs()
+    compared = _compared(program, as_json or quiet) if trace.graph.failure is None else None
+    if as_json:
+        from kiem.model_checks.comparison_table import comparison_dict
+
+        print_json({
+            "target": trace.title, **verification.to_dict(), "minimal_programs": examples,
+            "comparison": None if compared is None else comparison_dict(compared),
+        })  # fmt: skip
+    else:
+        from kiem.inspect.show.verdicts import print_result
+        from kiem.model_checks.comparison_table import ComparisonReport
+
+        _on_stdout(lambda console: print_result(trace.graph, verification.result, console))
+        for example in examples[:1]:
+            click.echo(f"\nA program that shows it:\n\n{example}")
+        if compared is not None:
+            print_rich(ComparisonReport(compared))
+        if page:
+            click.echo(f"page: {page}")
+    _end(trace, wrong=not verification.ok or (compared is not None and not compared.ok))
+
+
+def _recorded(
+    target: str, arguments: tuple[str, ...], verify: bool, eager: bool, quiet: bool, told: StatusLine | None = None
+) -> tuple[Any, Any]:
+    """Run the target under a recorder. What the program prints stays; its exceptions are kept in the trace."""
+    import sys
+    from contextlib import redirect_stdout, suppress
+
+    from kiem.errors import KiemError
+    from kiem.inspect.trace import Trace
+    from kiem.model_checks.targets import load_program
+    from kiem.runtime import keep_freed_memory
+
+    keep_freed_memory()
+    program = load_program(target, arguments)
+    trace = Trace(verify, eager, program.library, program.title, told)
+    try:
+        stream = sys.stderr if quiet else sys.stdout
+        with redirect_stdout(stream if told is None else told.beside(stream)), trace:
+            program.run()
+    except KiemError:
+        raise
+    except (Exception, SystemExit):
+        if trace.graph.failure is None:
+            raise
+    with suppress(AttributeError):
+        sys.stdout.flush()
+    return trace, program
+
+
+def _check_folder(page: str | None) -> None:
+    """Before a program runs, which may take long."""
+    from pathlib import Path
+
+    from kiem.errors import ConfigError
+
+    if page and not Path(page).resolve().parent.is_dir():
+        raise ConfigError(f"--html {page}: there is no folder {Path(page).parent}: make it, or name another file")
+
+
+def _chains(trace: Any, leaves: tuple[str, ...], call: int) -> tuple[int, list]:
+    """The backward call to show and its chains: to `leaves`, or to all where they are few and small. What a program
+    did not come to because it failed is no mistake of the user's: its failure is told instead."""
+    from kiem.errors import ConfigError
+
+    calls = len(trace.graph.backwards)
+    try:
+        if call != -1 and not -calls <= call < calls:
+            made = f"{calls} backward call{'s' if calls != 1 else ''}"
+            raise ConfigError(f"--call {call}: the program made {made}; they count from 0")
+        return call, [trace.explain(name, call).chain for name in leaves] or trace.small_chains(call)
+    except ConfigError:
+        if trace.graph.failure is None:
+            raise
+        return -1, []
+
+
+def _print_trace(
+    trace: Any, chains: list, call: int, tensors: bool, operations: bool, backward: bool, whole: bool
+) -> None:
+    from kiem.inspect.show import chain as explanation
+    from kiem.inspect.show import summary as program
+
+    graph = trace.graph
+
+    def show(console: Any) -> None:
+        program.print_summary(graph, console)
+        if operations:
+            program.print_operations(graph, console, whole)
+        if tensors:
+            program.print_tensors(graph, console, whole)
+        if backward and graph.backwards:
+            program.print_backward(graph, graph.backwards[call], console, whole)
+        for chain in chains:
+            explanation.print_chain(chain, console, whole)
+
+    _on_stdout(show)
+
+
+def _compared(program: Any, quiet: bool) -> Any:
+    """A model's ways of computing, held against one another; None for other programs."""
+    if program.model is None:
+        return None
+    from kiem.model_checks.compare import compare
+
+    if not quiet:
+        to_stderr("comparing the model's ways of computing ...")
+    return compare(program.model, program.namespace["batch"], program.documents_apart)
+
+
+def _on_stdout(show: Any) -> None:
+    from rich.console import Console
+
+    show(Console())
+
+
+def _end(trace: Any, wrong: bool = False) -> None:
+    """Exit code 1 for a program that failed or a gradient that is wrong."""
+    failure = trace.graph.failure
+    if failure is not None:
+        where = f"{failure.source}: " if failure.source else ""
+        click.echo(f"{where}{failure.kind}: {failure.message}", err=True)
+        if failure.explanation:
+            click.echo(failure.explanation, err=True)
+    if failure is not None or wrong:
+        raise click.exceptions.Exit(1)

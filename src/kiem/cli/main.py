@@ -1,0 +1,93 @@
+"""The command line: each verb reads its arguments, calls its function of api.py, and prints. Nothing heavy loads for
+--help."""
+
+import sys
+
+import click
+
+from kiem.cli.console import print_json
+from kiem.cli.inspect import explain, verify
+from kiem.cli.model import evaluate, generate
+from kiem.cli.train import plan, prepare, train
+from kiem.errors import ConfigError, KiemError
+
+EXIT_CODES = """
+\b
+Exit codes: 0 done, 1 a wrong gradient, a program that failed, or a bug of Kiem, 2 arguments or configuration,
+            3 text or tokenizer, 4 checkpoint or run folder,
+            5 a number that is not finite, 6 run folder in use, 7 disk, 130 stopped and saved.
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+@click.version_option(package_name="kiem", message="kiem %(version)s")
+def cli() -> None:
+    """Train language models on your text, and see what happens inside.
+
+    \b
+    Examples:
+      kiem train --minutes 3                      the Python standard library, on this machine
+      kiem train --data books/ --depth 6 --out runs/books
+      kiem train runs/books                       go on after an interruption
+      kiem generate runs/books --prompt "Once"
+    """
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell) -> None:
+    """Print the script that completes kiem's commands in a shell.
+
+    \b
+    Examples:
+      kiem completion bash >> ~/.bashrc
+      kiem completion fish > ~/.config/fish/completions/kiem.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    click.echo(found(cli, {}, "kiem", "_KIEM_COMPLETE").source())
+
+
+for _command in (plan, prepare, train, evaluate, generate, explain, verify):
+    cli.add_command(_command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code. A KiemError is one message on standard error, never a traceback."""
+    given = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in given
+    try:
+        code = cli.main(args=given, prog_name="kiem", standalone_mode=False)  # of an Exit that a verb raised
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as problem:
+        hint = f" Try: {problem.ctx.command_path} --help" if getattr(problem, "ctx", None) else ""
+        return _failed(ConfigError(problem.format_message() + hint), as_json)
+    except KiemError as problem:
+        return _failed(problem, as_json)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped", err=True)
+        return 130
+    except SystemExit:  # so click tells that the reader of our output is gone
+        return 0
+
+
+def _failed(problem: KiemError, as_json: bool) -> int:
+    kind = type(problem).__name__
+    if as_json:
+        print_json({"error": {"kind": kind, "message": str(problem), "exit_code": problem.exit_code}})
+    from kiem.format import printable
+
+    message = "\n".join(map(printable, str(problem).split("\n")))  # it may quote a file's name or its contents
+    word = "stopped" if kind == "Stopped" else "error"
+    click.echo(
+        click.style(f"{word}:", fg="yellow" if kind == "Stopped" else "red", bold=True) + f" {message}", err=True
+    )
+    return problem.exit_code
+
+
+def script() -> None:
+    """Entry point of the installed command."""
+    sys.exit(main())

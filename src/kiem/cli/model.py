@@ -1,0 +1,92 @@
+"""The subcommands that use a trained model: eval, generate."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from kiem.cli.arguments import output_options, parse_sources
+from kiem.cli.console import print_json
+
+
+@click.command("eval")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--data", "data", multiple=True, metavar="PATH", help="Other text to evaluate on; default: the run's held-out text."
+)
+@click.option("--device", default="auto", show_default=True)
+@output_options
+def evaluate(run, data, device, quiet, as_json) -> None:
+    """Loss, perplexity and bits per byte of a run's model on held-out text, or on all of --data.
+
+    \b
+    Examples:
+      kiem eval runs/books
+      kiem eval runs/books --data other.txt --json
+    """
+    from dataclasses import asdict
+
+    from kiem import api
+    from kiem.format import integer_text, number_text
+
+    found = api.evaluate(run, data=parse_sources(data), device=device, quiet=quiet)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        click.echo(
+            f"loss {number_text(found.loss)} nats per token, perplexity {number_text(found.perplexity, 2)}, "
+            f"{number_text(found.bits_per_byte)} bits per byte "
+            f"({integer_text(found.tokens)} tokens, {integer_text(found.bytes)} bytes)"
+        )
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompt", help="Text to continue; '-' reads standard input. Default: the start of a document.")
+@click.option("--max-tokens", type=int, default=200, show_default=True)
+@click.option("--temperature", type=float, default=0.8, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-k", type=int, help="Only the K likeliest tokens.")
+@click.option("--top-p", type=float, help="Only the likeliest tokens that make up this probability.")
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option("--stop", multiple=True, help="End before this text. Repeatable.")
+@click.option("--seed", type=int, help="The same text each time.")
+@click.option("--n", "n", type=int, default=1, show_default=True, help="How many texts.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+def generate(
+    run, prompt, max_tokens, temperature, top_k, top_p, repetition_penalty, stop, seed, n, device, as_json
+) -> None:
+    """Continue a prompt with a run's newest model.
+
+    \b
+    Examples:
+      kiem generate runs/books --prompt "Once upon a time" --max-tokens 100
+      kiem generate runs/demo --prompt "def main(" --temperature 0 --stop "\\n\\n"
+      echo "import" | kiem generate runs/demo --prompt - --n 3 --seed 1 --json
+    """
+    from kiem import api
+
+    prompt = sys.stdin.read() if prompt == "-" else prompt or ""
+    model = api.load(run, device)
+    request = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+               "repetition_penalty": repetition_penalty, "stop": list(stop), "seed": seed}  # fmt: skip
+    if as_json or n != 1:
+        texts = model.generate([prompt], n=n, **request)
+        if as_json:
+            print_json({"prompt": prompt, "texts": texts, "seed": seed})
+        for number, text in enumerate([] if as_json else texts, 1):
+            click.echo(f"--- {number}\n{_shown(prompt + text)}")
+        return
+    pieces = model.stream(prompt, **request)
+    click.echo(_shown(prompt), nl=False)
+    for piece in pieces:
+        click.echo(_shown(piece), nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+def _shown(text: str) -> str:
+    """A model wrote it: on a terminal, control characters are shown as escapes."""
+    from kiem.format import printable
+
+    return printable(text) if sys.stdout.isatty() else text

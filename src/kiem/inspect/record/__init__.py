@@ -1,0 +1,1 @@
+"""Recording: operations, values, backward calls, and the lines they come from."""

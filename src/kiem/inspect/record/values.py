@@ -1,0 +1,207 @@
+"""Which tensor object shows which value: tensors are told apart by the memory that they show (storage, offset, shape,
+strides) and its version."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
+
+from kiem.inspect.graph.layouts import held_by, regular, shape_of
+from kiem.inspect.graph.model import Graph, Storage, Value, small_data, statistics
+from kiem.inspect.record.backward import hook_lines
+from kiem.inspect.record.source import variables
+from kiem.inspect.record.threads import LOW, MADE_BY, Numbers
+
+if TYPE_CHECKING:
+    from kiem.inspect.record.source import ModulePaths
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A tensor object (or a place in memory) and the value that it shows at this version of its storage."""
+
+    reference: weakref.ref | None
+    value: int
+    version: int
+
+
+class ValueTable:
+    """Finds the value of a tensor, makes it if there is none, and keeps its name."""
+
+    def __init__(self, graph: Graph, modules: ModulePaths, numbers: Numbers):
+        self.graph = graph
+        self._numbers = numbers
+        self._count = 0  # of storages
+        self.stale: set[int] = set()  # values that stand for those of later passes of a loop: their statistics are not
+        self._modules = modules
+        self._storages: dict[int, tuple[StorageWeakRef, Storage]] = {}
+        self._objects: dict[int, _Seen] = {}
+        self._places: dict[tuple, _Seen] = {}
+        self._leaves: dict[int, tuple[weakref.ref, int]] = {}
+        self.writer: dict[int, tuple[int | None, int | None]] = {}  # storage -> the op and value that changed it last
+        self._named: set[tuple[int, int]] = set()
+
+    def storage_of(self, tensor: torch.Tensor) -> Storage:
+        """The record of the memory of a tensor. A weak reference keeps its address from being used anew."""
+        try:
+            memory = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # sparse and such
+            return self._new_storage(0)
+        known = self._storages.get(memory._cdata)
+        if known is None:
+            known = StorageWeakRef(memory), self._new_storage(memory.nbytes())
+            self._storages[memory._cdata] = known
+        return known[1]
+
+    def _new_storage(self, nbytes: int) -> Storage:
+        self._count += 1
+        storage = self.graph.storages[self._count] = Storage(self._count, nbytes)
+        return storage
+
+    def seen(self, tensor: torch.Tensor) -> int | None:
+        """The value that a tensor object shows now, if it was seen before."""
+        known = self._objects.get(id(tensor))
+        if known is None or known.reference() is not tensor:
+            return None
+        storage = self.graph.storages[self.graph.values[known.value].storage]
+        return known.value if known.version == storage.version else None
+
+    def of(self, tensor: torch.Tensor) -> int:
+        """The value that a tensor shows; made if it was never seen: it came from outside, or through another alias."""
+        index = self.seen(tensor)
+        if index is None:
+            index = self._other_value(tensor)
+        if tensor.is_leaf and (name := self._modules.name_of(tensor)) is not None:
+            self.graph.values[index].name = name  # parameters carry their path, whatever variable also shows them
+        return index
+
+    def _other_value(self, tensor: torch.Tensor) -> int:
+        storage = self.storage_of(tensor)
+        known = self._places.get(_place(tensor, storage.index))
+        apart = known is not None and self.graph.values[known.value].requires_grad and not tensor.requires_grad
+        if known is not None and known.version == storage.version and not apart:
+            self.show(tensor, known.value)
+            return known.value
+        writer, written = self.writer.get(storage.index, (None, None))
+        if apart:  # `.data`: the same memory, from which no gradient flows
+            writer, written = None, known.value
+        elif known is not None:
+            written = known.value  # the same place before it was changed through another tensor
+        value = self.new(tensor, writer, -1 if writer is not None else 0)
+        value.base = written
+        self.describe(value, tensor)
+        return value.index
+
+    def describe(self, value: Value, tensor: torch.Tensor) -> None:
+        """Note what the tensor holds: whole when small, else its statistics."""
+        value.stats, value.data = statistics(tensor), small_data(tensor)
+        value.hooks = hook_lines(tensor)
+
+    def new(self, tensor: torch.Tensor, producer: int | None, output: int) -> Value:
+        """A new value for what the tensor holds now."""
+        storage = self.storage_of(tensor)
+        strided = regular(tensor)
+        held = None if strided or is_lazy(tensor) else held_by(tensor.detach())
+        value = Value(
+            index=len(self.graph.values), shape=shape_of(tensor), dtype=tensor.dtype, device=str(tensor.device),
+            strides=tuple(tensor.stride()) if strided else (), offset=tensor.storage_offset() if strided else 0,
+            storage=storage.index, version=storage.version, requires_grad=tensor.requires_grad,
+            is_leaf=tensor.is_leaf and producer is None, is_parameter=isinstance(tensor, torch.nn.Parameter),
+            producer=producer, output=output, layout=str(tensor.layout).removeprefix("torch."), held=held,
+        )  # fmt: skip
+        self.graph.values.append(value)
+        self.show(tensor, value.index)
+        return value
+
+    def show(self, tensor: torch.Tensor, value: int) -> None:
+        """Note that a tensor shows a value now."""
+        storage = self.graph.storages[self.graph.values[value].storage]
+        self._objects[id(tensor)] = _Seen(weakref.ref(tensor), value, storage.version)
+        self._places[_place(tensor, storage.index)] = _Seen(None, value, storage.version)
+
+    def edge(self, tensor: torch.Tensor, value: int) -> tuple:
+        """Where autograd sends the gradient of this tensor: ("leaf", value), (number of a node, its output), or ()."""
+        if not tensor.requires_grad:
+            return ()
+        self.graph.values[value].requires_grad = True
+        if tensor._backward_hooks:
+            self.graph.values[value].hooks = hook_lines(tensor)
+        if tensor.grad_fn is None:
+            return ("leaf", self.leaf(tensor, value))
+        made = self.graph.values[value].producer
+        op = None if made is None else self.graph.ops[made]
+        if op is not None and op.label == "detach":
+            # Autograd took the result apart to save it and puts it back where it belongs: no gradient is cut off.
+            op.name, op.call = "aten.alias.default", (torch.ops.aten.alias.default, *op.call[1:])
+        sequence, shown = tensor.grad_fn._sequence_nr(), self.graph.values[value]
+        if op is not None and op.mutates and op.sequence is not None and op.sequence & LOW == sequence + 1:
+            op.sequence -= 1  # between its node and itself autograd cloned what it changes, to keep that
+        while op is not None:
+            if op.sequence is not None and op.sequence & LOW == sequence:
+                tensor.grad_fn.metadata[MADE_BY] = op  # whatever other threads call their nodes
+                return (op.sequence, tensor.output_nr)
+            shown = None if shown.base is None else self.graph.values[shown.base]
+            op = None if shown is None or shown.producer is None else self.graph.ops[shown.producer]
+        return (self._numbers.number(sequence), tensor.output_nr)
+
+    def leaf(self, tensor: torch.Tensor, value: int | None = None) -> int:
+        """The first value of a leaf, whatever changed it since."""
+        if value is None:
+            value = self.of(tensor)
+        known = self._leaves.get(id(tensor))
+        if known is None or known[0]() is not tensor:
+            self._leaves[id(tensor)] = known = (weakref.ref(tensor), value)
+            leaf = self.graph.values[value]
+            leaf.is_leaf, leaf.requires_grad = True, tensor.requires_grad
+        return known[1]
+
+    def find_leaf(self, tensor: torch.Tensor) -> int | None:
+        """The value of a leaf that took part, None if it did not."""
+        known = self._leaves.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else None
+
+    def name_locals(self, frame) -> None:
+        """Give values the names that the variables of the user's frame have for them."""
+        if frame is None or (id(frame), frame.f_lineno) in self._named:
+            return
+        self._named = {(id(frame), frame.f_lineno)}
+        own, held = variables(frame)
+        # A loop's variable names all parameters of a list alike: there the entry's name is the better one.
+        for name, tensor, leaf in (*((*h, True) for h in held), *((*v, False) for v in (*own, *held))):
+            value = None if (index := self.seen(tensor)) is None else self.graph.values[index]
+            if value is not None and value.name is None and (not leaf or (value.is_leaf and value.requires_grad)):
+                value.name = name
+
+    def forget(self, values: int, by: int | None) -> None:
+        """Values from `values` on are now those `by` earlier, or None: unknown. What no longer lives is let go of."""
+        later = [known for known in (*self._objects.values(), *self._places.values()) if known.value >= values]
+        self.stale = {v for v in self.stale if v < values}
+        for known in later if by is not None else ():
+            known.value -= by
+            self.stale.add(known.value)
+        self._objects = {
+            i: known for i, known in self._objects.items() if known.reference() is not None and known.value < values
+        }
+        self._leaves = {
+            i: (t, v - by if by is not None and v >= values else v)
+            for i, (t, v) in self._leaves.items()
+            if t() is not None and (by is not None or v < values)
+        }
+        self.writer = {s: (None, None) if (v or 0) >= values else (o, v) for s, (o, v) in self.writer.items()}
+        self._storages = {i: known for i, known in self._storages.items() if not known[0].expired()}
+        living = {known[1].index for known in self._storages.values()}
+        self._places = {p: known for p, known in self._places.items() if p[0] in living and known.value < values}
+        self.writer = {s: known for s, known in self.writer.items() if s in living}
+        used = living | {value.storage for value in self.graph.values}
+        self.graph.storages = {i: storage for i, storage in self.graph.storages.items() if i in used}
+
+
+def _place(tensor: torch.Tensor, storage: int) -> tuple:
+    if not regular(tensor):
+        return (storage, id(tensor))
+    return (storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)

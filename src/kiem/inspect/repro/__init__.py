@@ -1,0 +1,1 @@
+"""A standalone program that shows one wrong gradient."""

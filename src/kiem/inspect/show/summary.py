@@ -1,0 +1,139 @@
+"""A recorded program in words, for the terminal: what it did in a few lines, operations, tensors, backward calls."""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Iterator
+from itertools import groupby
+
+from rich.console import Console
+
+from kiem.format import bytes_text, integer_text
+from kiem.inspect.explain.chain import arguments, tensors
+from kiem.inspect.graph.model import BackwardCall, Graph, Source, Step
+from kiem.inspect.show.terminal import Say, block, count_text, gradient_text
+
+MOST_LINES = 120  # operations, tensors
+MOST_STEPS = 24  # that are shown one by one, unless all are asked for
+MOST_CALLS = 3  # backward calls of one line
+
+
+def totals(graph: Graph) -> dict[str, int]:
+    """Numbers of a program. `saved_bytes`: of the memory that backward keeps, each storage once, without that of
+    parameters and other leaves that ask for a gradient; of the step that keeps most."""
+    leaves = {v.storage: v.numel for v in graph.values if v.is_parameter or (v.is_leaf and v.requires_grad)}
+    ends = sorted({call.after_op for call in graph.backwards if not call.nested})
+    saved: dict[int, set[int]] = {}
+    for value in graph.values:
+        for op in value.saved_by if value.storage not in leaves else ():
+            saved.setdefault(bisect.bisect_right(ends, op), set()).add(value.storage)
+    return {
+        "operations": len(graph.ops), "tensors": len(graph.values), "leaves": len(leaves),
+        "leaf_elements": sum(leaves.values()), "backward_calls": len(graph.backwards),
+        "saved_bytes": max((sum(graph.storages[s].nbytes for s in step) for step in saved.values()), default=0),
+    }  # fmt: skip
+
+
+def print_summary(graph: Graph, console: Console) -> None:
+    """What the program did, in a few lines."""
+    say, numbers = Say(console), totals(graph)
+    say("recorded program", f": {count_text(numbers['operations'], 'operation')}, "
+        f"{count_text(numbers['tensors'], 'tensor')}, {integer_text(numbers['leaves'])} parameters and other leaves "
+        f"that ask for a gradient ({count_text(numbers['leaf_elements'], 'element')})")  # fmt: skip
+    say("", f"saved for backward: {bytes_text(numbers['saved_bytes'])} (each storage once, without parameters)")
+    shown: Counter[Source] = Counter()
+    for call in graph.backwards:
+        shown[call.source] += 1
+        if shown[call.source] > MOST_CALLS:
+            continue
+        inside = ", inside another one" if call.nested else ""
+        kind = "autograd.grad" if call.partial else "backward"
+        of = " and ".join(graph.title(v) for v in call.roots) or "?"
+        say(f"{kind} {call.index}", f" of {of}{inside}: {count_text(len(call.steps), 'step')}, "
+            f"{count_text(len(call.leaf_grads), 'gradient')}  {call.source}")  # fmt: skip
+        for value, gradient in list(call.leaf_grads.items())[:12]:
+            say("", f"  dL/d{graph.title(value)} = {gradient_text(gradient)}")
+        if len(call.leaf_grads) > 12:
+            say("", f"  … {len(call.leaf_grads) - 12} more")
+    for line, count in shown.items():
+        if count > MOST_CALLS:
+            say("", f"… {count_text(count - MOST_CALLS, 'more backward call')} from {line}")
+    for repeat in graph.repeats:
+        first, last = graph.ops[repeat.first], graph.ops[repeat.last]
+        say("folded", f": operations {repeat.first} to {repeat.last} ran {repeat.times} times, shown once  "
+                      f"{first.source} to {last.source}")  # fmt: skip
+    for note in graph.notes:
+        say("note", f": {note}")
+    if graph.failure is not None:
+        say(f"{graph.failure.kind}", f": {graph.failure.message}  {graph.failure.source or ''}", style="bold red")
+        if graph.failure.explanation:
+            say("", graph.failure.explanation)
+
+
+def print_operations(graph: Graph, console: Console, everything: bool = False) -> None:
+    """Each operation in the order in which it ran; runs in one module folded if there are many."""
+    say = Say(console)
+    if everything or len(graph.ops) <= MOST_LINES:
+        for op in graph.ops:
+            made = ", ".join(f"{graph.title(v)} {graph.values[v].describe()}" for v in op.outputs)
+            given = ", ".join(graph.title(v) for _, v in op.inputs)
+            marks = [op.region, "random" if op.random else "", "in place" if op.mutates else "", op.module,
+                     "" if op.grad_enabled else "no_grad"]  # fmt: skip
+            marks = ", ".join(mark for mark in marks if mark)
+            say(f"{op.index:>4}  {op.label}", f"({given}) → {made or 'nothing'}  {marks}  {op.source}")
+        return
+    for module, run in groupby(graph.ops, lambda op: block(op.module)):
+        ops = list(run)
+        name = module or "outside of modules"
+        say(f"{ops[0].index:>4}  {name}", f" … {count_text(len(ops), 'operation')}  {ops[0].source}")
+
+
+def print_tensors(graph: Graph, console: Console, everything: bool = False) -> None:
+    """The table of all tensors, then what is saved for backward."""
+    say, rows = Say(console), tensors(graph)
+    shown = rows if everything or len(rows) <= MOST_LINES else [r for r in rows if r["name"]][:MOST_LINES]
+    for row in shown:
+        shape = "×".join(map(str, row["shape"])) or "1 element"
+        facts = [f"{row['rank']} {shape} {row['dtype']} on {row['device']}", f"strides {tuple(row['strides'])}",
+                 bytes_text(row["bytes"])]  # fmt: skip
+        facts += ["parameter"] if row["parameter"] else ["requires grad"] if row["requires_grad"] else []
+        facts += [f"version {row['version']}"] if row["version"] else []
+        facts += [f"view of {row['view_of']}"] if row["view_of"] else []
+        facts += [f"copy of {row['copy_of']}"] if row["copy_of"] else []
+        say(row["name"] or f"%{row['id']}", f"  {', '.join(facts)}")
+        origin = f"made by {row['made_by']} at {row['source']}" if row["made_by"] else "from outside"
+        saved = f"; saved for backward by {', '.join(row['saved_by'])}" if row["saved_by"] else ""
+        say("", f"     {origin}{saved}")
+    if len(shown) < len(rows):
+        say("", f"… {len(rows) - len(shown)} more")
+    say("", f"saved for backward: {bytes_text(totals(graph)['saved_bytes'])} (each storage once, without parameters)")
+
+
+def print_backward(graph: Graph, call: BackwardCall, console: Console, everything: bool = False) -> None:
+    """Each step of a backward call in the order in which it ran: what arrived, what left to which input. Of a long one
+    the first steps, unless everything is asked for."""
+    say = Say(console)
+    of = " and ".join(graph.title(v) for v in call.roots)
+    say(f"backward {call.index}", f" of {of}  {call.source}", style="bold")
+    shown = call.steps if everything else call.steps[:MOST_LINES]
+    for i, step in enumerate(shown):
+        arrives = ", ".join(gradient_text(g) for g in step.into if g is not None) or "nothing"
+        for line in _backward_lines(graph, step, i, arrives):
+            say(*line)
+    if len(shown) < len(call.steps):
+        say("", f"… {len(call.steps) - len(shown)} more steps")
+
+
+def _backward_lines(graph: Graph, step: Step, i: int, arrives: str) -> Iterator[tuple[str, str]]:
+    hooked = "  (changed by a hook)" if step.changed_by_hook else ""
+    if step.leaf is not None:
+        yield f"{i + 1:>4}  {graph.title(step.leaf)}", f": gradient {arrives}{hooked}"
+        return
+    op = None if step.op is None else graph.ops[step.op]
+    label = op.label if op else step.node.removeprefix("torch::autograd::")
+    yield f"{i + 1:>4}  {label}", f": {arrives} arrives{hooked}  {op.module if op else ''}  {op.source if op else ''}"
+    for position, argument, value in arguments(graph, step):
+        sent = step.out[position]
+        if sent is not None:
+            yield "", f"       {gradient_text(sent)} to {argument if value is None else graph.title(value)}"

@@ -1,0 +1,1 @@
+"""Verdicts on gradients: each operation, then each parameter end to end."""

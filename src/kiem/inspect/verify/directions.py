@@ -1,0 +1,39 @@
+"""Along which directions an operation is moved to take its derivative by number."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kiem.inspect.graph.model import Op
+from kiem.inspect.verify.judge import Random, usual_size
+
+# Arguments of which an operation reads one triangle, or which are logarithms of probabilities that sum to 1: their
+# gradient is only meant along such directions.
+STRUCTURE = {
+    ("_ctc_loss", "log_probs"): "normalised",
+    ("linalg_cholesky_ex", "self"): "symmetric", ("cholesky", "self"): "symmetric", ("_linalg_eigh", "A"): "symmetric",
+    ("cholesky_solve", "input2"): "triangular", ("cholesky_inverse", "self"): "triangular",
+    ("linalg_solve_triangular", "self"): "triangular", ("triangular_solve", "A"): "triangular",
+}  # fmt: skip
+
+
+def direction(op: Op, argument: str, x: Tensor, random: Random) -> Tensor:
+    """Random, of the size of what it is added to, and of its structure where the operation reads only part of it."""
+    along = random.like(x)
+    along *= usual_size(x)
+    structure = STRUCTURE.get((op.label, argument))
+    if structure == "symmetric":
+        return (along + along.mT.conj()) / 2
+    if structure == "triangular":
+        return along.triu() if op.attributes.get("upper") else along.tril()
+    if structure == "normalised":
+        return along - (x.exp() * along).sum(-1, keepdim=True)
+    return without_padding(op, argument, along)
+
+
+def without_padding(op: Op, argument: str, direction: Tensor) -> Tensor:
+    """An embedding reads the row of its padding, but by definition passes no gradient to it."""
+    padding = op.attributes.get("padding_idx", -1)
+    if op.label in ("embedding", "_embedding_bag") and argument.startswith("weight") and padding >= 0:
+        direction[padding] = 0
+    return direction

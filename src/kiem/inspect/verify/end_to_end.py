@@ -1,0 +1,251 @@
+"""The whole way from the loss to each leaf, in float64: the gradient that the program got, against mathematics end to
+end."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from kiem.inspect import rules
+from kiem.inspect.graph.layouts import at_elements, elements, regular, with_elements
+from kiem.inspect.graph.model import BackwardCall, Graph, Op
+from kiem.inspect.verify.directions import without_padding
+from kiem.inspect.verify.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge, usual_size
+from kiem.inspect.verify.numeric import derivative
+from kiem.inspect.verify.operation import surrogate
+from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, leading_to, widen
+
+MOST_CUTS = 6  # told of in notes
+SECONDS = 20.0  # for numeric derivatives of single leaves; all of them together are always differentiated
+
+
+def whole_verdicts(
+    graph: Graph, call: BackwardCall, recorded: Tensors, leaves: Tensors, roots: dict[tuple, torch.Tensor]
+) -> tuple[list[InputVerdict], list[str]]:
+    """A verdict for each leaf that got a gradient in this call, and notes on what was not checked. `roots`: the
+    gradient with which the call began, by key."""
+    if not leaves:
+        return [], []
+    reached = [step.op for step in call.steps if step.op is not None]
+    try:
+        return _Whole(graph, call, recorded, leaves, roots, min(reached, default=0)).verdicts()
+    except Exception as reason:
+        text = str(reason).splitlines()[0][:160] if str(reason) else type(reason).__name__
+        return [], [f"End to end not checked for the backward call at {call.source}: {text}"]
+
+
+class _Whole:
+    def __init__(self, graph, call, recorded, leaves, roots, start):
+        self.graph, self.call, self.got, self.recorded = graph, call, leaves, recorded
+        # What ran under no_grad is a constant.
+        ran = (op for op in graph.ops[start : call.after_op] if op.grad_enabled or op.parent is not None)
+        self.ops = leading_to(graph, ran, call.roots)
+        families = {op.parent for op in self.ops}
+        for op in self.ops:
+            if op.kind == "compiled" or (op.kind == "function" and op.index not in families):
+                raise CannotReplay(f"what happens inside {op.name} at {op.source} was not recorded")
+        self.closed = all(rules.find(op.name) is not None for op in self.ops if op.kind == "op" and op.edges)
+        self.replay = Replay(graph, self.ops, recorded, cut=True)
+        self.shown: dict[int, int] = {}  # value that an operation read -> the leaf that it shows
+        for op in self.ops:
+            for (_, value), edge in zip(op.inputs, op.edges, strict=False):
+                if edge and edge[0] == "leaf":
+                    self.shown[value] = edge[1]
+        held = (v for v, leaf in self.shown.items() if leaf in leaves and v in recorded)
+        self.base = {v: elements(widen(recorded[v])) for v in held}
+        self.first = {leaf: v for v, leaf in reversed(self.shown.items()) if v in self.base}
+        self.leaves = {leaf: self.base[v] for leaf, v in self.first.items()}
+        if not self.leaves:
+            raise CannotReplay("what the leaves held was not kept")
+        self.changes = any(op.mutates for op in self.ops)
+        self.cotangents = self._cotangents(roots)
+        self.random = Random(call.index)
+        types = {graph.values[v].dtype for op in self.ops for v in op.outputs}
+        units = [torch.finfo(t).eps for t in types if t.is_floating_point or t.is_complex]
+        self.unit = max([2.0**-52, *units, *(op.unit for op in self.ops)])
+        self._reproduces()
+
+    def _cotangents(self, roots) -> list[torch.Tensor]:
+        found = []
+        for key in self.call.root_keys:
+            if key not in roots:
+                raise CannotReplay("the gradient that it began with is not known")
+            found.append(elements(widen(roots[key])))
+        return found
+
+    def value(self, moves: Tensors, noise=None) -> list[torch.Tensor]:
+        """The roots as a function of what is added to the leaves, wherever each is read (it may have changed in
+        between)."""
+        given = {v: x if (leaf := self.shown[v]) not in moves else x + moves[leaf] for v, x in self.base.items()}
+        if self.changes:
+            given = {v: x.clone() for v, x in given.items()}
+        if noise is not None:
+            given = {v: self._shake(x) for v, x in given.items()}
+        tensors = self.replay.run({v: with_elements(self.recorded[v], x) for v, x in given.items()}, noise)
+        return [elements(self.replay.find(v, tensors)) for v in self.call.roots]
+
+    def _reproduces(self) -> None:
+        with torch.no_grad():
+            self.outputs = outputs = self.value({})
+        for value, output in zip(self.call.roots, outputs, strict=True):
+            stats = self.graph.values[value].stats
+            norm = float(torch.linalg.vector_norm(output))
+            if not abs(norm - stats.norm) <= self.unit * (1e4 + len(self.ops)) * max(norm, stats.norm):
+                raise CannotReplay(f"run again in float64 the loss is {norm:.6g}, in the program {stats.norm:.6g}")
+
+    def _sides(self, leaf: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient a little to both sides of what the leaf holds."""
+        beside = 2.0**-20 * self._direction(leaf)
+        return self.gradients(at={leaf: beside})[leaf], self.gradients(at={leaf: -beside})[leaf]
+
+    def gradients(self, noise=None, at: Tensors | None = None) -> Tensors:
+        """By torch, through the operations inside every custom Function, in float64."""
+        moves = {
+            leaf: (at[leaf].clone() if at and leaf in at else torch.zeros_like(x)).requires_grad_()
+            for leaf, x in self.leaves.items()
+        }
+        with torch.enable_grad():
+            grads = torch.autograd.grad(
+                self.value(moves, noise), list(moves.values()), self.cotangents, allow_unused=True
+            )
+        return {
+            leaf: torch.zeros_like(x) if g is None else at_elements(g, x)
+            for (leaf, x), g in zip(moves.items(), grads, strict=True)
+        }
+
+    def _shake(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1 + NOISE * self.random.like(x))
+
+    def _shake_saved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As roundings would, forward and backward."""
+        if regular(tensor) and tensor.requires_grad:
+            tensor.register_hook(lambda grad: None if grad is None else self.random.shaken(grad))
+        if tensor.is_floating_point():
+            held = elements(tensor.data)
+            held.copy_(self.random.shaken(held))
+        return tensor
+
+    def numeric(self, directions: Tensors):
+        """The derivative of the loss along directions of leaves."""
+
+        def phi(e: float) -> float:
+            outputs = self.value({leaf: e * d for leaf, d in directions.items()})
+            return sum(inner(c, y) for c, y in zip(self.cotangents, outputs, strict=True))
+
+        with torch.no_grad():
+            size = sum(float((c * y).abs().sum()) for c, y in zip(self.cotangents, self.outputs, strict=True))
+            return derivative(phi, size, step=2.0**-10)
+
+    def verdicts(self) -> tuple[list[InputVerdict], list[str]]:
+        """Each leaf; first all of them along one direction, then each alone as long as there is time."""
+        reference = self.gradients()
+        squares = {leaf: torch.zeros_like(x, dtype=torch.float64) for leaf, x in reference.items()}
+        for _ in range(REPEATS):
+            for leaf, other in self.gradients(self._shake_saved).items():
+                squares[leaf] += ((other - reference[leaf]).abs() / NOISE).square() / REPEATS
+        directions = {leaf: self._direction(leaf) for leaf in self.leaves}
+        joint = self.numeric(directions)
+        total = sum(inner(reference[leaf], d) for leaf, d in directions.items())
+        slack = 1e-6 * sum(abs(inner(reference[leaf], d)) for leaf, d in directions.items()) + 4 * joint.error
+        certified = joint.low - slack <= total <= joint.high + slack
+        terms = max((size for op in self.ops for v in op.outputs for size in self.graph.values[v].shape), default=1)
+        meant = self._meant()
+        results, notes, began = [], [], time.perf_counter()
+        for leaf, first in self.first.items():
+            value = self.graph.values[leaf]
+            name = self.graph.title(leaf)
+            result = InputVerdict(name, leaf, "ok", value.dtype, shape=value.shape, reference="end to end, in float64")
+            sums = 4 * terms**0.5  # in the type itself; where sums are kept in a finer one, what all operations round
+            result.bound = 8 + min(sums, 2 * len(self.ops) ** 0.5 + sums * min(self.unit, 2.0**-23) / self.unit)
+            moved = squares[leaf].sqrt()
+            single = time.perf_counter() - began < SECONDS
+            number = self.numeric({leaf: directions[leaf]}) if single else joint
+            along = directions[leaf]
+            if not single:  # the joint derivative, less what the reference says of the others
+                shift = total - inner(reference[leaf], along)
+                number = type(joint)(joint.value - shift, joint.error, joint.low - shift, joint.high - shift)
+            judge(
+                result,
+                at_elements(widen(self.got[leaf]), self.recorded[first]),
+                reference[leaf],
+                moved,
+                self.unit,
+                along,
+                number,
+                lambda there, leaf=leaf: self.numeric({leaf: there}),
+                lambda leaf=leaf: self._sides(leaf),
+                self.closed,
+            )
+            if leaf in meant:
+                result.verdict = "hook"
+                notes.append(f"{name}: {meant[leaf]}")
+            elif value.hooks:
+                notes.append(f"{name}: a hook runs on its gradient ({', '.join(value.hooks)})")
+            results.append(result)
+        if not certified and not any(r.verdict == "wrong" for r in results):
+            notes.append(
+                "End to end, the numeric derivative did not settle; elements were compared with torch in float64 only."
+            )
+        notes += self._cut()
+        return results, notes
+
+    def _direction(self, leaf: int) -> torch.Tensor:
+        x = self.leaves[leaf]
+        direction = self.random.like(x) * usual_size(x)
+        for op in self.ops:
+            for name, value in op.inputs if op.label in ("embedding", "_embedding_bag") else ():
+                if self.shown.get(value) == leaf:
+                    direction = without_padding(op, name, direction)
+        return direction
+
+    def _meant(self) -> dict[int, str]:
+        """Leaves whose gradient is not meant to be the derivative: a hook is on its way, or a Function that says so."""
+        values, steps = self.graph.values, {step.key: step for step in self.call.steps}
+        found: dict[int, str] = {}
+        for start in self.call.steps:
+            op = None if start.op is None else self.graph.ops[start.op]
+            if start.changed_by_hook:
+                of = [start.leaf] if start.leaf is not None else op.outputs if op else ()
+                lines = [line for v in of for line in values[v].hooks]
+                what = f"a hook changes its gradient ({', '.join(lines) or f'on {start.node}'})"
+            elif op is not None and surrogate(op):
+                what = f"{op.name} at {op.source} says that its backward is no derivative"
+            else:
+                continue
+            if start.leaf is not None:
+                found.setdefault(start.leaf, what)
+            waiting, been = [start], set()
+            while waiting:
+                step = waiting.pop()
+                for edge in step.edges:
+                    if edge is not None and edge[0] == "leaf":
+                        found.setdefault(edge[1], what)
+                    elif edge is not None and edge[:1] not in been and edge[:1] in steps:
+                        been.add(edge[:1])
+                        waiting.append(steps[edge[:1]])
+        return found
+
+    def _made(self, value: int) -> Op | None:
+        """What made a tensor, or the one that it is a view of."""
+        known, ops = self.graph.values[value], self.graph.ops
+        while known.producer is not None and ops[known.producer].label != "detach" and known.base is not None:
+            known = self.graph.values[known.base]
+        return None if known.producer is None else ops[known.producer]
+
+    def _cut(self) -> list[str]:
+        """Where tensors with a gradient also reach the loss without one: a choice, so said and not judged."""
+        values, found = self.graph.values, {}
+        for op in self.ops:
+            for _, v in op.inputs if op.parent is None else ():
+                made = self._made(v)
+                cuts = made is not None and made.label == "detach" and made.parent is None and made.region != "backward"
+                if cuts and values[made.inputs[0][1]].requires_grad:
+                    found[made.inputs[0][1], made.source] = "detached"
+                base = values[v].base
+                apart = values[v].producer is None and base is not None and values[v].storage == values[base].storage
+                if apart and values[base].requires_grad and not values[v].requires_grad:
+                    found[base, op.source] = "read as .data"
+        title = self.graph.title
+        notes = [f"{title(v)} is also used without gradient: {how} at {at}" for (v, at), how in found.items()]
+        return notes[:MOST_CUTS] + ([f"{len(notes) - MOST_CUTS} more are detached"] if len(notes) > MOST_CUTS else [])

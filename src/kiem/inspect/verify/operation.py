@@ -1,0 +1,371 @@
+"""One operation: is what autograd gave the derivative? Three answers are held against each other.
+
+(a) what the backward of the program gave, on its own data, in its own type; (b) the numeric derivative along a random
+direction, in float64 (numeric.py): it knows nothing but the forward operation; (c) an independent rule, in float64:
+our table, or, for a custom Function, torch's derivatives of the operations inside it. It is
+    believed only after (b) agrees with it, and then shows which element is wrong.
+
+How far (a) may be from (c) is said in judge.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kiem.inspect import rules
+from kiem.inspect.graph.layouts import at_elements, can_be_written_out, elements, regular, with_elements, written_out
+from kiem.inspect.graph.model import BackwardCall, Graph, Op, Step
+from kiem.inspect.verify.directions import direction
+from kiem.inspect.verify.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge
+from kiem.inspect.verify.numeric import Derivative, derivative
+from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, flatten, leading_to, widen, with_tensors
+
+# On an accelerator these sum in the type itself, one element after the other.
+ATOMIC = {"index_add", "scatter_add", "index_put", "gather", "index_select", "index"}
+
+
+@dataclass(slots=True)
+class Verdict:
+    """Of one operation: ok, wrong, kink (right where there is a derivative), zero (no gradient arrived), unchecked."""
+
+    op: int
+    verdict: str
+    text: str = ""
+    inputs: list[InputVerdict] = field(default_factory=list)
+    closed_form: bool = False
+    backward: int = 0
+
+
+class Function:
+    """A recorded operation as a function of its inputs, by value: its operations again, in float64 if `wide`.
+    `called`: the custom Function itself is called again, in its own types: for what is compiled, or computes where
+    nobody looks on."""
+
+    def __init__(self, graph: Graph, op: Op, recorded: Tensors, on_base: bool, wide: bool = True, called: bool = False):
+        self.graph, self.op, self.recorded, self.on_base, self.called = graph, op, recorded, on_base, called
+        self.ops = [op] if op.kind == "op" else leading_to(graph, inside(graph, op), op.outputs)
+        self.changes = any(o.mutates for o in self.ops)
+        if op.kind != "op" and not called and not self.ops:
+            raise CannotReplay("nothing of its inside was recorded")
+        self._replay = Replay(graph, self.ops, recorded, cut=False, wide=wide)
+
+    def __call__(self, given: Tensors, noise=None) -> list[Tensor]:
+        """The elements of its outputs, from those of its inputs (layouts.py)."""
+        return [elements(y) for y in self.outputs(given, noise)]
+
+    def outputs(self, given: Tensors, noise=None) -> list[Tensor]:
+        """Its outputs as they are laid out, from the elements of its inputs."""
+        given = {v: with_elements(self.recorded[v], t) for v, t in given.items()}
+        given = {v: t.clone() for v, t in given.items()} if self.changes or self.called else dict(given)
+        if self.called:
+            function, args, _ = self.op.call
+            return list(flatten(function.apply(*with_tensors(args, self.recorded | given, wide=False))))
+        if self.on_base:
+            whole, view = self.graph.values[self.op.base], self.graph.values[self.op.inputs[0][1]]
+            base = given[self.op.base]
+            given[self.op.inputs[0][1]] = base.as_strided(view.shape, view.strides, view.offset - whole.offset)
+            self._replay.run(given, None)
+            return [base]
+        tensors = self._replay.run(given, noise)
+        return [self._output(v, tensors) for v in self.op.outputs]
+
+    def _output(self, value: int, tensors: Tensors) -> Tensor:
+        """An output; one that is there for torch's backward only and is not given again, as zeros."""
+        known = self.graph.values[value]
+        if value not in tensors and not (known.dtype.is_floating_point or known.dtype.is_complex):
+            return torch.zeros(known.shape, dtype=known.dtype)
+        return self._replay.find(value, tensors)
+
+
+def differentiable(tensor: Tensor) -> bool:
+    """Whether its elements can have a derivative."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def surrogate(op: Op) -> bool:
+    """Whether a custom Function says, by its attribute `surrogate_gradient = True`, that its backward is meant to be
+    something else than its derivative (straight-through estimators, reversed gradients)."""
+    return op.kind == "function" and op.call is not None and getattr(op.call[0], "surrogate_gradient", False) is True
+
+
+def inside(graph: Graph, op: Op):
+    """The operations that ran inside a custom Function."""
+    family = {op.index}
+    for other in graph.ops[op.index + 1 :]:
+        if other.parent in family:
+            family.add(other.index)
+            yield other
+
+
+def check(graph: Graph, call: BackwardCall, op: Op, step: Step, recorded: Tensors, into: tuple, out: tuple) -> Verdict:
+    """Hold one node of a backward call against mathematics. `into`, `out`: its real gradients."""
+    if surrogate(op):
+        return Verdict(op.index, "unchecked", "it says that its backward is no derivative (surrogate_gradient)")
+    try:
+        return _Check(graph, call, op, step, recorded, into, out).verdict()
+    except CannotReplay as reason:
+        return Verdict(
+            op.index, "unchecked", f"could not be run again: {reason}", closed_form=rules.find(op.name) is not None
+        )
+
+
+class _Check:
+    def __init__(self, graph, call, op, step, recorded, into, out):
+        self.call = call
+        self.graph, self.op, self.recorded = graph, op, recorded
+        self.on_base = step.node.endswith("CopySlices") and op.base is not None
+        self.rule = None if self.on_base or op.kind != "op" else rules.find(op.name)
+        self.random = Random(op.index)
+        if any(value not in recorded for value in self._needed()):
+            raise CannotReplay("its inputs were not kept")
+        self.got, self.names = self._gradients(step, out)
+        if not self.got:
+            raise CannotReplay("its gradients could not be matched with its inputs")
+        laid_out = self._run_again(into)
+        if not all(map(regular, laid_out)) or not all(map(can_be_written_out, map(recorded.get, self._needed()))):
+            self.rule = None  # the table speaks of tensors that are written out
+
+    def _needed(self) -> list[int]:
+        return [v for _, v in self.op.inputs] + ([self.op.base] if self.on_base else [])
+
+    def _run_again(self, into: tuple) -> list[Tensor]:
+        """In float64 if that can be, else in its own types; what it gives, laid out, must be what it gave."""
+        ways = [(True, False), (False, self.op.kind != "op")]
+        for wide, called in ways[1:] if self.op.kind == "compiled" else ways:
+            self.wide = wide
+            try:
+                self.inputs: Tensors = {
+                    v: elements(widen(self.recorded[v]) if self.wide else self.recorded[v].clone())
+                    for v in self._needed()
+                }
+                with torch.no_grad():
+                    self.function = Function(self.graph, self.op, self.recorded, self.on_base, self.wide, called)
+                    laid_out = self.function.outputs(self.inputs)
+                    self.outputs = [elements(y) for y in laid_out]
+                self._reproduces()
+                break
+            except (RuntimeError, NotImplementedError, TypeError, CannotReplay) as reason:
+                failed = reason
+        else:
+            raise failed if isinstance(failed, CannotReplay) else CannotReplay(str(failed).splitlines()[0][:160])
+        self.cotangents = [
+            None if g is None or not differentiable(y) else at_elements(widen(g).to(y.device), y)
+            for y, g in zip(laid_out, [*into, *[None] * len(self.outputs)], strict=False)
+        ]
+        return laid_out
+
+    def _gradients(self, step: Step, out: tuple) -> tuple[dict[int, Tensor | None], dict[int, str]]:
+        """The gradient of each input value; of a value that comes in twice, the sum."""
+        positions = list(self.op.inputs)
+        if self.on_base:
+            positions = [("self", self.op.base), *positions[1:]]
+        edges, used = list(self.op.edges), set()
+        got: dict[int, Tensor | None] = {}
+        names: dict[int, str] = {}
+        for number, (edge, grad) in enumerate(zip(step.edges, out, strict=False)):
+            if edge is None:
+                continue
+            if self.on_base and number == 0:
+                match = 0
+            else:
+                match = next((j for j, e in enumerate(edges) if e == edge and j not in used), None)
+            if match is None or (grad is None and self.call.partial):
+                continue  # autograd.grad asks only for what leads to its inputs
+            used.add(match)
+            name, value = positions[match]
+            names[value] = f"{names[value]}, {name}" if value in names else name
+            grad = None if grad is None else at_elements(widen(grad), self.recorded[value])
+            got[value] = grad if got.get(value) is None else got[value] if grad is None else got[value] + grad
+        return got, names
+
+    def _reproduces(self) -> None:
+        """Running it again must give what it gave, or what follows would be about another function."""
+        for value, output in zip(self.op.outputs, self.outputs, strict=False):
+            stats = None if self.on_base else self.graph.values[value].stats
+            if stats is None or not output.is_floating_point() or stats.nonfinite:
+                continue
+            norm = float(torch.linalg.vector_norm(output.detach()))
+            allowed = (self._unit() * (64 + output.numel() ** 0.5)) * max(norm, stats.norm)
+            if not abs(norm - stats.norm) <= allowed + 1e-30:
+                raise CannotReplay(f"run again it gives a result of norm {norm:.6g}, the program had {stats.norm:.6g}")
+
+    def _unit(self) -> float:
+        """The coarsest precision in which it computed."""
+        family = self.function.ops if self.op.kind != "op" else [self.op]
+        types = {
+            self.graph.values[v].dtype for o in [self.op, *family] for v in (*o.outputs, *(v for _, v in o.inputs))
+        }
+        units = [torch.finfo(t).eps for t in types if t.is_floating_point or t.is_complex]
+        return max([2**-52, *units, *(o.unit for o in family)])
+
+    # -- (b) -----------------------------------------------------------------------------------------------------------
+
+    def direction(self, value: int) -> Tensor:
+        """Random, of the size of the input."""
+        return direction(self.op, self.names.get(value, ""), self.inputs[value], self.random)
+
+    def numeric(self, directions: Tensors) -> Derivative:
+        """The derivative of Σ g·y along directions of some inputs."""
+
+        if self._only_moves():  # linear: f(x + v) - f(x) = f(v)
+            moved = self.function(self.inputs | directions)
+            along = sum(inner(g, y) for g, y in zip(self.cotangents, moved, strict=True) if g is not None)
+            return Derivative(along, 1e-14 * abs(along), along, along)
+
+        def phi(e: float) -> float:
+            moved = self.inputs | {v: torch.add(self.inputs[v], d, alpha=e) for v, d in directions.items()}
+            return sum(
+                inner(g, widen(y)) for g, y in zip(self.cotangents, self.function(moved), strict=True) if g is not None
+            )
+
+        with torch.no_grad():
+            size = sum(
+                float((g * y).abs().sum()) for g, y in zip(self.cotangents, self.outputs, strict=True) if g is not None
+            )
+            return derivative(phi, size) if self.wide else derivative(phi, size, 2.0**-3, self._unit() / 2, tries=2)
+
+    # -- (c) -----------------------------------------------------------------------------------------------------------
+
+    def _sides(self, value: int) -> tuple[Tensor, Tensor]:
+        """The rule a little to both sides of the input."""
+        beside = 2.0**-20 * self.direction(value)
+        both = [self.references(False, self.inputs | {value: self.inputs[value] + s * beside})[value] for s in (1, -1)]
+        return both[0], both[1]
+
+    def references(self, noise: bool, inputs: Tensors | None = None) -> dict[int, Tensor]:
+        """The gradient of each input by the rule, or by torch's derivatives of the operations inside."""
+        moved = noise or inputs is not None
+        inputs, cotangents = inputs or self.inputs, self.cotangents
+        if noise:
+            inputs = {v: self._shake(t) if v in self.got else t for v, t in inputs.items()}
+            cotangents = [None if g is None else self._shake(g) for g in cotangents]
+        if self.rule is not None:
+            return self._by_rule(inputs, cotangents, moved, noise)
+        leaves = {
+            v: t.clone().requires_grad_() if v in self.got and differentiable(t) else t for v, t in inputs.items()
+        }
+        with torch.enable_grad():
+            outputs = self.function(leaves, self._shake_saved if noise else None)
+            pairs = [(y, g) for y, g in zip(outputs, cotangents, strict=True) if g is not None and y.requires_grad]
+            wanted = [v for v in self.got if leaves[v].requires_grad]
+            if not pairs:
+                return {v: torch.zeros_like(self.inputs[v]) for v in self.got}
+            grads = torch.autograd.grad(
+                [y for y, _ in pairs], [leaves[v] for v in wanted], [g for _, g in pairs], allow_unused=True
+            )
+        return {
+            v: torch.zeros_like(leaves[v]) if g is None else at_elements(g, leaves[v])
+            for v, g in zip(wanted, grads, strict=True)
+        }
+
+    def _by_rule(self, inputs: Tensors, cotangents: list, moved: bool, noise: bool) -> dict[int, Tensor]:
+        with torch.no_grad():
+            outputs = self.function(inputs) if moved and self.wide else self.outputs
+            inputs, outputs = {v: widen(x) for v, x in inputs.items()}, [widen(y) for y in outputs]
+            if noise:
+                outputs = [self._shake(y) for y in outputs]
+            inputs = {v: written_out(with_elements(self.recorded[v], x)) for v, x in inputs.items()}
+            call = rules.Call({n: inputs[v] for n, v in self.op.inputs}, self.op.attributes, tuple(outputs))
+            by_name = self.rule.vjp(call, tuple(cotangents))
+        found: dict[int, Tensor] = {}
+        for name, value in self.op.inputs:
+            if value in self.got and by_name.get(name) is not None:
+                grad = at_elements(by_name[name], self.recorded[value]).to(inputs[value].device)
+                found[value] = found[value] + grad if value in found else grad
+        return {v: found.get(v, torch.zeros_like(self.inputs[v])) for v in self.got}
+
+    def _shake(self, tensor: Tensor) -> Tensor:
+        if not differentiable(tensor):
+            return tensor
+        return self.random.shaken(widen(tensor))
+
+    def _shake_saved(self, tensor: Tensor) -> Tensor:
+        """As a rounding would: the operation that made it must see the change in what it saved, too."""
+        if tensor.is_floating_point():
+            held = elements(tensor.data)
+            held.copy_(self._shake(held))
+        return tensor
+
+    def _only_moves(self) -> bool:
+        """A view that shows no element twice: elements are moved, nothing is computed, nothing rounded."""
+        if self.op.kind != "op" or self.op.mutates or self.op.random:
+            return False
+        values = self.graph.values
+        return all((b := values[v].base) is not None and values[v].numel <= values[b].numel for v in self.op.outputs)
+
+    # -- verdicts ------------------------------------------------------------------------------------------------------
+
+    def verdict(self) -> Verdict:
+        op = self.op
+        closed = self.rule is not None
+        if all(g is None or not g.any() for g in self.cotangents):
+            wrong = [v for v, g in self.got.items() if g is not None and bool(g.any())]
+            if not wrong:
+                return Verdict(op.index, "zero", "the gradient that arrived is zero", closed_form=closed)
+        try:
+            # In its own types, torch's derivative would be the one that is on trial: there the number alone decides.
+            reference = self.references(noise=False) if self.rule is not None or self.wide else {}
+        except (RuntimeError, NotImplementedError, KeyError) as reason:
+            reference = {}
+            if self.rule is not None:
+                self.rule = None
+                return self.verdict()
+            if self.op.kind == "op" and self.wide:
+                raise CannotReplay(str(reason).splitlines()[0][:120]) from None
+        moved = self._moved(reference) if reference else {}
+        results = [self._one(value, reference.get(value), moved.get(value)) for value in self.got]
+        kinds = {r.verdict for r in results}
+        worst = "wrong" if "wrong" in kinds else "kink" if "kink" in kinds else "ok"
+        return Verdict(op.index, worst, "", results, closed)
+
+    def _moved(self, reference: dict[int, Tensor]) -> dict[int, Tensor]:
+        squares = {v: torch.zeros_like(r, dtype=torch.float64) for v, r in reference.items()}
+        for _ in range(0 if self._only_moves() else REPEATS):
+            for value, other in self.references(noise=True).items():
+                change = (
+                    (other - reference[value]).abs_() if not other.is_complex() else (other - reference[value]).abs()
+                )
+                squares[value].addcmul_(change, change, value=1 / (REPEATS * NOISE**2))
+        return {v: s.sqrt_() for v, s in squares.items()}
+
+    def _roundings(self, value: int, unit: float) -> float:
+        shapes = [t.shape for t in (*self.inputs.values(), *self.outputs)]
+        numel = max(self.inputs[value].numel(), 1)
+        if self.op.label == "convolution":  # a weight's gradient sums over all places of all examples
+            shapes.append((self.outputs[0].numel() // max(self.outputs[0].shape[1], 1),))
+        terms = max([1, *(size for shape in shapes for size in shape), *(math.prod(s) // numel for s in shapes)])
+        accumulated = min(unit, 2.0**-23) / unit
+        if self.op.label.rstrip("_") in ATOMIC and self.inputs[value].device.type != "cpu":
+            accumulated = 1.0
+        return 8 + terms / 4 * accumulated
+
+    def _one(self, value: int, reference: Tensor | None, moved: Tensor | None) -> InputVerdict:
+        result = InputVerdict(
+            self.names[value], value, "ok", self.graph.values[value].dtype, shape=tuple(self.inputs[value].shape)
+        )
+        if reference is not None:
+            inside = "the operations inside, by torch" if self.op.kind != "op" else "torch, in float64"
+            result.reference = "rule" if self.rule is not None else inside
+        unit = self._unit()
+        result.bound = self._roundings(value, unit)
+        direction = self.direction(value)
+        number = self.numeric({value: direction})
+        got = self.got[value]
+        judge(
+            result,
+            torch.zeros_like(direction) if got is None else got,
+            reference,
+            moved,
+            unit,
+            direction,
+            number,
+            lambda there: self.numeric({value: there}),
+            lambda: self._sides(value),
+            self.rule is not None,
+        )
+        if got is None:
+            result.got = None
+        return result

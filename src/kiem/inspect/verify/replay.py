@@ -1,0 +1,276 @@
+"""Run recorded operations again, in float64, from the tensors that were recorded.
+
+The dtype of every floating tensor and argument becomes float64, so that what is left of rounding is far below the
+types of the program. Random operations give what they gave; integer and boolean results are those of the recording,
+so that a comparison near zero cannot fall the other way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from kiem.inspect.graph.layouts import WITHOUT_FLOAT64
+from kiem.inspect.graph.model import Graph, Op, Ref
+from kiem.inspect.verify.float64 import WRITTEN_OUT, implementation, without_out
+
+# Their backward looks for the elements that equal the result: noise on the result would leave none.
+COMPARING = frozenset(
+    {"amax", "amin", "max", "min", "scatter_reduce", "median", "nanmedian", "aminmax", "linalg_vector_norm"}
+)
+
+OVERWRITING = {"fill_", "zero_", "copy_"}
+
+# Backward operations of norms: which arguments are the mean and the reciprocal deviation of the input.
+NORMS_BACKWARD = {
+    "native_batch_norm_backward": (5, 6), "native_layer_norm_backward": (3, 4), "native_group_norm_backward": (2, 3),
+}  # fmt: skip
+
+Tensors = dict[int, torch.Tensor]  # by value
+
+
+class CannotReplay(Exception):
+    """Says why an operation cannot be run again."""
+
+
+def widen(tensor: torch.Tensor) -> torch.Tensor:
+    """float64 or complex128, on the CPU if its device has none; integers as they are."""
+    if tensor.device.type in WITHOUT_FLOAT64:
+        tensor = tensor.cpu()
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def with_tensors(value: Any, tensors: Tensors, wide: bool) -> Any:
+    """Arguments with the tensors in place of each Ref, and float64 in place of float types if `wide`."""
+    if isinstance(value, Ref):
+        if value.value not in tensors:
+            raise CannotReplay(f"its input %{value.value} was not kept")
+        return tensors[value.value]
+    if isinstance(value, torch.dtype) and wide:
+        return torch.complex128 if value.is_complex else torch.float64 if value.is_floating_point else value
+    if isinstance(value, torch.device) and wide and value.type in WITHOUT_FLOAT64:
+        return torch.device("cpu")
+    if isinstance(value, list | tuple):
+        return type(value)(with_tensors(v, tensors, wide) for v in value)
+    if isinstance(value, dict):
+        return {k: with_tensors(v, tensors, wide) for k, v in value.items()}
+    return value
+
+
+def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tuple[torch.Tensor | None, ...]:
+    """One operation on float64 inputs, or if not `wide` in its own types. `recorded`: what the program's own tensors
+    were."""
+    func, args, kwargs = op.call
+    if op.random:
+        return _random(op, tensors, recorded)
+    args, kwargs = with_tensors(args, tensors, wide), with_tensors(kwargs, tensors, wide)
+    if op.label == "detach":
+        return (args[0].view_as(args[0]),)
+    if wide and op.label in ("_softmax", "_log_softmax"):
+        args = (*args[:2], False)
+    kwargs.pop("non_blocking", None)  # what is read next must be there
+    if op.label == "copy_":
+        args = args[:2]
+    if wide and op.label in NORMS_BACKWARD:
+        args = _with_statistics(op, args, recorded)
+    if op.label == "_cudnn_rnn":  # its buffer holds copies of the weights as they were
+        args = (*args[:3], None, *args[4:])
+    if wide and op.label in WRITTEN_OUT:
+        func = WRITTEN_OUT[op.label]
+    elif op.mutates:
+        func, written = without_out(func)
+        kwargs = {name: value for name, value in kwargs.items() if name not in written}
+    elif wide:
+        func = implementation(func)
+    out = func(*args, **kwargs)
+    outputs = tuple(out) if isinstance(out, list | tuple) else (out,)
+    if op.mutates and not any(isinstance(o, torch.Tensor) for o in outputs):
+        outputs = tuple(tensors[v] for v in _written(op))
+    return tuple(
+        (widen(o) if wide else o) if o.is_floating_point() or o.is_complex() else recorded.get(v, o)
+        for v, o in zip(op.outputs, (o for o in outputs if isinstance(o, torch.Tensor)), strict=False)
+    )
+
+
+def _with_statistics(op: Op, args: tuple, recorded: Tensors) -> tuple:
+    """The backward of a norm with the mean and deviation of the input that it is given: the derivative that torch has
+    for it counts them as functions of the input, though it hands them over."""
+    mean, rstd = NORMS_BACKWARD[op.label]
+    x = args[1].detach()
+    if op.label == "native_batch_norm_backward":
+        if not args[7]:
+            return args
+        over = [d for d in range(x.dim()) if d != 1]
+    elif op.label == "native_layer_norm_backward":
+        over = list(range(x.dim() - len(args[2]), x.dim()))
+    else:
+        x, over = x.reshape(args[5], args[8], -1), [2]
+
+    def moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return y.mean(over), y.var(over, correction=0)
+
+    given = dict(op.inputs)
+    before = widen(recorded[given["input"]]).reshape(x.shape)
+    was = widen(recorded[given["save_invstd" if "save_invstd" in given else "rstd"]])
+    eps = was.square().reciprocal() - moments(before)[1].view(was.shape)
+    center, spread = (m.view(args[mean].shape) for m in moments(x))
+    changed = list(args)
+    changed[mean], changed[rstd] = center, (spread + eps).rsqrt()
+    return tuple(changed)
+
+
+def _written(op: Op) -> list[int]:
+    """Values, before the change, of the arguments that an in-place operation changed."""
+    from kiem.inspect.graph.schema import signature
+
+    writes = signature(op.call[0]).writes
+    return [v for name, v in op.inputs if name.split("[")[0] in writes]
+
+
+def _random(op: Op, tensors: Tensors, recorded: Tensors) -> tuple[torch.Tensor | None, ...]:
+    if op.label == "native_dropout":
+        share, kept = op.attributes["p"], recorded.get(op.outputs[1])
+        if kept is None:
+            raise CannotReplay("its mask was not kept")
+        scale = 1.0 if op.attributes.get("train") is False else 0.0 if share >= 1 else 1 / (1 - share)
+        return tensors[dict(op.inputs)["input"]] * kept.double() * scale, kept
+    if (op.edges or op.parent is not None) and op.label in ("_standard_gamma", "_sample_dirichlet"):
+        raise CannotReplay("its gradient goes through the sample, which is not drawn again")
+    missing = [v for v in op.outputs if v not in recorded]
+    if missing or any(part in op.label for part in ("dropout", "rrelu", "scaled_dot_product", "_rnn")):
+        raise CannotReplay("it is random and gives no mask to run it again with")
+    made = tuple(widen(recorded[v]) for v in op.outputs)
+    for value, new in zip(_written(op), made, strict=False):
+        with torch.no_grad():
+            tensors[value].copy_(new)
+        made = tuple(tensors[value] for value in _written(op))
+    return made
+
+
+def leading_to(graph: Graph, ops: Iterable[Op], values: Iterable[int]) -> list[Op]:
+    """Those of the operations that the values depend on: what wrote memory that a needed operation read."""
+    values = list(values)
+    storages = {graph.values[v].storage for v in values}
+    families: set[int] = set()
+    chosen: list[Op] = []
+    for op in reversed(list(ops)):
+        made = {graph.values[v].storage for v in (*op.outputs, *op.mutates)}
+        if op.error or op.call is None or not (made & storages or op.index in families or op.parent in families):
+            continue
+        if op.kind != "op" or op.parent is not None:
+            families.add(op.index if op.kind != "op" else op.parent)
+        chosen.append(op)
+        storages |= {graph.values[v].storage for _, v in op.inputs}
+    return list(_without_idle_views(graph, chosen, values))[::-1]
+
+
+def _without_idle_views(graph: Graph, backwards: list[Op], values: Iterable[int]) -> Iterator[Op]:
+    """Of operations, the last first, leave out those that only show memory in a way that none of the others looks
+    at."""
+    read = set(values)
+    for op in backwards:
+        views = all(graph.values[v].base is not None for v in op.outputs)
+        if op.kind == "op" and op.parent is None and not op.mutates and views and read.isdisjoint(op.outputs):
+            continue
+        for _, v in op.inputs:
+            read |= {v, graph.values[v].base}  # through which it may be found
+        yield op
+
+
+def flatten(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors of nested tuples and lists."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from flatten(part)
+
+
+class Replay:
+    """Operations of a graph as a function of some of their inputs, in float64."""
+
+    def __init__(self, graph: Graph, ops: Iterable[Op], recorded: Tensors, cut: bool, wide: bool = True):
+        self.wide = wide
+        self.graph = graph
+        self.ops = list(ops)
+        self.recorded = recorded
+        self.cut = cut
+        self._indices = {op.index for op in self.ops}
+        self._viewed: dict[int, int] = {}  # storage -> the first operation that made a view of it
+        for v in graph.values:
+            if v.base is not None and v.output >= 0 and v.producer is not None:
+                self._viewed.setdefault(v.storage, v.producer)
+        self._frozen: Tensors = {}  # what a detach gave: a constant
+
+    def run(self, given: Tensors, noise: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Tensors:
+        """All values, from those `given`; others come from the recording. `noise` is laid on each result."""
+        tensors: Tensors = dict(given)
+        for op in self.ops:
+            for name, value in op.inputs:
+                if value not in tensors:
+                    overwritten = name == "self" and op.label in OVERWRITING and value not in self.recorded
+                    tensors[value] = self._blank(value) if overwritten else self._find(value, tensors)
+            for value in _written(op) if op.mutates and op.kind == "op" else ():
+                if self._alone(value, op.index):
+                    # Nobody sees this memory through a view: a copy keeps what autograd has saved of it.
+                    tensors[value] = tensors[value].clone()
+            if op.label == "detach" and self.cut and op.parent is None and op.region != "backward":
+                if op.outputs[0] not in self._frozen:
+                    self._frozen[op.outputs[0]] = tensors[op.inputs[0][1]].detach().clone()
+                outputs = (self._frozen[op.outputs[0]],)
+            elif op.kind == "op":
+                outputs = run_op(op, tensors, self.recorded, self.wide)
+            else:
+                continue  # its children follow, and its outputs are found through them
+            for value, output in zip(op.outputs, outputs, strict=False):
+                if isinstance(output, torch.Tensor) and value not in given:
+                    if (
+                        noise is not None
+                        and op.label.rstrip("_") not in COMPARING
+                        and self.graph.values[value].base is None
+                    ):
+                        output = noise(output)
+                    tensors[value] = output
+        return tensors
+
+    def _blank(self, index: int) -> torch.Tensor:
+        """In place of a tensor of which nothing is left to read."""
+        value = self.graph.values[index]
+        blank = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+        return widen(blank) if self.wide else blank
+
+    def _alone(self, value: int, op: int) -> bool:
+        """Whether there was no view of this memory yet."""
+        return self._viewed.get(self.graph.values[value].storage, op) >= op
+
+    def _find(self, index: int, tensors: Tensors) -> torch.Tensor:
+        """A value that no operation of this replay made: seen through an alias, handed out by a custom Function, or
+        from outside."""
+        value = self.graph.values[index]
+        producer = None if value.producer is None else self.graph.ops[value.producer]
+        if producer is not None and producer.kind != "op":
+            for other in reversed(self.graph.values[:index]):
+                if other.index in tensors and (other.storage, other.version, other.shape, other.offset) == (
+                    value.storage,
+                    value.version,
+                    value.shape,
+                    value.offset,
+                ):
+                    return tensors[other.index]
+        elif value.producer in self._indices and value.output < 0 and value.base is not None:
+            writer = next((v for v in producer.mutates if self._alone(v, producer.index)), None)
+            if writer in tensors and tensors[writer].shape == value.shape:
+                return tensors[writer]
+            if self.graph.values[value.base].shape == value.shape:
+                return self.find(value.base, tensors)
+        if index not in self.recorded:
+            raise CannotReplay(f"its input %{index} was not kept")
+        found = self.recorded[index]
+        return (widen(found) if self.wide else found).clone()
+
+    def find(self, index: int, tensors: Tensors) -> torch.Tensor:
+        """A value after `run`."""
+        return tensors[index] if index in tensors else self._find(index, tensors)

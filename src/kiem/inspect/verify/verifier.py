@@ -1,0 +1,237 @@
+"""Hold every gradient of a running program against mathematics, while it runs and its tensors are still there."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from kiem.errors import ConfigError
+from kiem.inspect.graph.model import BackwardCall, Graph, Op, Source, Step
+from kiem.inspect.verify.end_to_end import whole_verdicts
+from kiem.inspect.verify.judge import InputVerdict
+from kiem.inspect.verify.operation import Verdict, check
+
+if TYPE_CHECKING:
+    from kiem.inspect.record.recorder import Recorder
+
+PASSES = 3  # of a step of a loop that repeats
+SECONDS = 20.0  # for further passes
+CASES = 3  # wrong operations whose tensors are held for a program that shows the error
+
+
+@dataclass
+class Case:
+    """The tensors of a wrong operation: its inputs by value and the gradients that arrived."""
+
+    verdict: Verdict
+    inputs: dict[int, torch.Tensor]
+    into: tuple[torch.Tensor | None, ...]
+
+
+@dataclass
+class Result:
+    """What verification found: verdicts per operation in the order of backward, per leaf end to end, and what was not
+    checked."""
+
+    verdicts: list[Verdict] = field(default_factory=list)
+    parameters: list[tuple[int, InputVerdict]] = field(default_factory=list)  # backward call, verdict
+    notes: list[str] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def wrong(self) -> list[Verdict]:
+        """Operations with a wrong gradient, the first that backward came to first."""
+        return [v for v in self.verdicts if v.verdict == "wrong"]
+
+    @property
+    def wrong_parameters(self) -> list[InputVerdict]:
+        """Leaves whose whole gradient is wrong."""
+        return [v for _, v in self.parameters if v.verdict == "wrong"]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong, and something was checked."""
+        return not self.wrong and not self.wrong_parameters and any(v.verdict in ("ok", "kink") for v in self.verdicts)
+
+
+class Verifier:
+    """An observer of a Recorder. `result` fills as the program runs; `told` is called with a line on it."""
+
+    def __init__(self, end_to_end: bool = True, told: Callable[[str], None] | None = None):
+        self.result = Result()
+        self._told, self._count, self._wrong, self._calls = told, 0, 0, 0
+        self._end_to_end = end_to_end
+        self._leaves: dict[tuple[int, int], torch.Tensor] = {}
+        self._roots: dict[tuple[int, tuple], torch.Tensor] = {}
+        self._done: set[int] = set()
+        self._since: dict[int, int] = {}  # backward call that is under way -> verdicts when its last node had run
+        self._passes: Counter[int] = Counter()  # steps that did the same
+        self._outer: BackwardCall | None = None  # that is under way
+        self._skip = False
+        self._left_out: Counter[Source] = Counter()
+
+    def node_ran(self, recorder: Recorder, step: Step, op: Op | None, node, into: tuple, out: tuple) -> None:
+        """Check the node at once: what its backward saved is as it was."""
+        if self._skips(recorder, recorder.backward.current):
+            if op is not None:
+                self._done.add(op.index)
+            return
+        began = time.perf_counter()
+        self.add(recorder, recorder.backward.current, step, op, into, out)
+        self.result.seconds += time.perf_counter() - began
+
+    def _skips(self, recorder: Recorder, call: BackwardCall) -> bool:
+        """Whether a call is left out: of steps that do the same, the first three, the fourth, the eighth, the 16th and
+        so on are checked, and all while there is time. A call inside another one goes with it."""
+        if call is not self._outer and not call.nested:
+            sign = recorder.folder.sign()
+            self._passes[sign] += 1
+            count = self._passes[sign]
+            rare = count > PASSES and count & (count - 1) != 0
+            self._outer, self._skip = call, rare and self.result.seconds > SECONDS
+            if self._skip:
+                self._left_out[call.source] += 1
+        return self._skip
+
+    def add(self, recorder: Recorder, call: BackwardCall, step: Step, op: Op | None, into: tuple, out: tuple) -> None:
+        """Check one node of a call."""
+        if step.leaf is not None:
+            if into[0] is not None:
+                self._leaves[call.index, step.leaf] = into[0]
+            return
+        for position, grad in enumerate(into):
+            if grad is not None and (step.key[0], position) in call.root_keys:
+                self._roots[call.index, (step.key[0], position)] = grad
+        if call.transformed:
+            self._note(f"What torch.func differentiates, on tensors of its own, is not checked ({call.source}).")
+            return
+        if op is None:
+            self._note(f"{step.node}: made by no recorded operation; not checked by itself")
+            return
+        self._done.add(op.index)
+        verdict = check_safely(recorder.graph, call, op, step, recorder.kept.tensors, into, out)
+        if verdict.verdict == "wrong" and op.kind == "function" and (inner := self._wrong_inside(call)) is not None:
+            name, place = recorder.graph.ops[inner.op].label, recorder.graph.ops[inner.op].source
+            verdict.verdict, verdict.text = "unchecked", f"its backward runs that of {name} at {place}, which is wrong"
+        self.result.verdicts.append(verdict)
+        self._count, self._wrong = self._count + 1, self._wrong + (verdict.verdict == "wrong")
+        if self._told is not None:
+            self._told(f"verifying: backward call {self._calls + 1:,}, {self._count:,} operations checked, "
+                       f"{self._wrong} wrong")  # fmt: skip
+        self._since[call.index] = len(self.result.verdicts)
+        sources = {recorder.graph.ops[case.verdict.op].source for case in self.result.cases}
+        if verdict.verdict == "wrong" and len(sources) < CASES and op.source not in sources:
+            held = recorder.kept.tensors
+            inputs = {v: held[v].clone() for v in {v for _, v in op.inputs} if v in held}
+            self.result.cases.append(Case(verdict, inputs, tuple(None if g is None else g.clone() for g in into)))
+
+    def _wrong_inside(self, call: BackwardCall) -> Verdict | None:
+        """What was found wrong in a backward call that the last node of this call made."""
+        recent = self.result.verdicts[self._since.get(call.index, 0) :]
+        return next((v for v in recent if v.verdict == "wrong" and v.backward > call.index), None)
+
+    def backward_ended(self, recorder: Recorder, call: BackwardCall) -> None:
+        """Check whole gradients; let go of what is no longer needed."""
+        if self._end_to_end and not self._skips(recorder, call):
+            began = time.perf_counter()
+            self.end(recorder, call)
+            self.result.seconds += time.perf_counter() - began
+        self._calls += 1
+        self._leaves.clear()
+        self._roots.clear()
+        self._since.clear()
+        if not call.retained:
+            recorder.release_done(self._done)
+
+    def end(self, recorder: Recorder, call: BackwardCall) -> None:
+        """Check the whole gradients of a call."""
+        leaves = {leaf: grad for (index, leaf), grad in self._leaves.items() if index == call.index}
+        roots = {key: grad for (index, key), grad in self._roots.items() if index == call.index}
+        verdicts, notes = whole_verdicts(recorder.graph, call, recorder.kept.tensors, leaves, roots)
+        self.result.parameters += [(call.index, v) for v in verdicts]
+        for note in notes:
+            self._note(note)
+
+    def folded(self, start: tuple[int, int, int], counts: tuple[int, int, int]) -> None:
+        """The last step repeats the one before: only what was wrong in it stays, told of the step that is kept."""
+        kept, parameters = [], []
+        for verdict in self.result.verdicts:
+            if verdict.op >= start[0] and verdict.verdict == "wrong":
+                verdict.op -= counts[0]
+                verdict.backward -= counts[2]
+                for result in verdict.inputs:
+                    result.value -= counts[1] if result.value >= start[1] else 0
+            elif verdict.op >= start[0]:
+                continue
+            kept.append(verdict)
+        for call, result in self.result.parameters:
+            if call >= start[2] and result.verdict == "wrong":
+                result.value -= counts[1] if result.value >= start[1] else 0
+                parameters.append((call - counts[2], result))
+            elif call < start[2]:
+                parameters.append((call, result))
+        self.result.verdicts, self.result.parameters = kept, parameters
+        self._done = {op for op in self._done if op < start[0]}
+
+    def dropped(self, start: tuple[int, int, int]) -> bool:
+        """Whether nothing was wrong in the last step, which leaves the graph then."""
+        if any(v.op >= start[0] and v.verdict == "wrong" for v in self.result.verdicts):
+            return False
+        if any(call >= start[2] and v.verdict == "wrong" for call, v in self.result.parameters):
+            return False
+        self.result.verdicts = [v for v in self.result.verdicts if v.op < start[0]]
+        self.result.parameters = [(call, v) for call, v in self.result.parameters if call < start[2]]
+        self._done = {op for op in self._done if op < start[0]}
+        return True
+
+    def ended(self) -> Result:
+        """The result, with a note on what was left out."""
+        for line, count in self._left_out.items():
+            self._note(
+                f"Of the steps up to {line} that do the same, the first {PASSES}, the 4th, 8th, 16th and so on were "
+                f"checked; {count:,} were not."
+            )
+        self._left_out.clear()
+        return self.result
+
+    def _note(self, note: str) -> None:
+        if note not in self.result.notes:
+            self.result.notes.append(note)
+
+
+def check_safely(
+    graph: Graph, call: BackwardCall, op: Op, step: Step, recorded: dict, into: tuple, out: tuple
+) -> Verdict:
+    """The verdict on one operation; what cannot be checked is said, and never ends the user's program."""
+    try:
+        verdict = check(graph, call, op, step, recorded, into, out)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        verdict = Verdict(op.index, "unchecked", f"could not be checked: {reason}")
+    verdict.backward = call.index
+    return verdict
+
+
+def verify_recorded(recorder: Recorder) -> Result:
+    """Verify after the program has ended, from what the recorder kept. Raises ConfigError if it was too much to
+    keep."""
+    if not recorder.kept.complete:
+        raise ConfigError(
+            "kiem.record(): the program's tensors were too many to keep for a verification afterwards: verify "
+            "by kiem.record(verify=True)"
+        )
+    verifier = Verifier()
+    began = time.perf_counter()
+    for call, step, op, into, out in recorder.backward.evidence:
+        verifier.add(recorder, call, step, op, into, out)
+    for call in recorder.graph.backwards:
+        if not call.nested:
+            verifier.end(recorder, call)
+    verifier.result.seconds = time.perf_counter() - began
+    return verifier.result

@@ -1,0 +1,1 @@
+"""The inspector on Kiem's own models and runs: the only place where the two products meet."""

@@ -1,0 +1,44 @@
+"""A time instead of a length: the model and the tokens that fill it on this machine."""
+
+import time
+
+from kiem import runtime
+from kiem.config.presets import depth_for, resolve
+from kiem.config.run import RunConfig
+from kiem.planning.count import flops_per_token
+from kiem.planning.predict import tokens_for_minutes
+
+MATMUL_SHARE = 0.5  # of the machine's matrix-product rate that training reaches, about
+
+
+class Budget:
+    """The minutes that begin when this is made."""
+
+    def __init__(self, minutes: float) -> None:
+        self.ends = time.monotonic() + 60 * minutes
+
+    def minutes_left(self) -> float:
+        return max(0.0, (self.ends - time.monotonic()) / 60)
+
+    def flops(self, config: RunConfig) -> float:
+        """What the machine can do in the time that is left, about."""
+        device = runtime.select_device(config.device)
+        rate = runtime.matmul_rate(device, runtime.select_precision(config.train.precision, device))
+        return MATMUL_SHARE * rate * 60 * self.minutes_left()
+
+    def with_depth(self, config: RunConfig) -> RunConfig:
+        """The depth that learns most in the time, if the user has named no model."""
+        if config.model is not None or config.depth is not None:
+            return config
+        return config.model_copy(update={"depth": depth_for(self.flops(config))})
+
+    def with_length(self, config: RunConfig, vocab_size: int) -> RunConfig:
+        """The tokens that fit the time: guessed from FLOPs, which settles the batch, then from measured steps."""
+
+        def lasting(tokens: int) -> RunConfig:
+            return config.model_copy(update={"train": config.train.model_copy(update={"tokens": tokens})})
+
+        per_token = flops_per_token(resolve(config, vocab_size).model).total
+        guess = max(int(self.flops(config) / per_token), config.train.batch_tokens or 1)
+        guessed = resolve(lasting(max(guess, resolve(config, vocab_size).model.context_length)), vocab_size)
+        return lasting(tokens_for_minutes(guessed, self.minutes_left()))

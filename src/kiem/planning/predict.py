@@ -1,0 +1,344 @@
+"""The plan of a run: what it will cost, before it starts. Everything but speed works without torch."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from kiem import runtime
+from kiem.config.run import RunConfig
+from kiem.errors import ConfigError
+from kiem.format import bytes_text, count_text, integer_text, percent_text, seconds_text
+from kiem.planning.count import Flops, flops_per_token, parameters_by_module
+from kiem.planning.devices import DEVICES, Machine, find_device, this_machine
+from kiem.planning.memory import Memory, memory
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from kiem.planning.measure import Speed
+
+PROCESS_BYTES = 330 * 2**20  # Python, torch and Kiem before the model, where not measured: torch 2.13 on Linux
+USUAL_HEAP_RATIO = 1.5  # resident memory over bytes in use where not measured: 1.1 to 2.5 were seen with glibc 2.36
+START_SECONDS = 10.0  # of a timed run: start, checkpoints, samples and report, about
+RESERVE = 0.05  # of its time, for what steps take longer than measured
+EVALUATIONS = 11  # in a run: config/presets.py, item 13
+SHOWN_ELSEWHERE = ("H100", "A100", "RTX 4090", "RTX 3090", "T4")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost. `speed` and what follows from it are None where it was not measured; notes say why."""
+
+    config: RunConfig
+    parameters_by_module: dict[str, int]
+    flops: Flops
+    memory: Memory
+    process_bytes: int  # of the process before the model; 0 on an accelerator, whose memory holds only the run
+    process_peak_bytes: int  # reached by this process before the run, while it prepared text and measured
+    precision: str
+    device: str
+    machine: Machine
+    speed: "Speed | None" = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.parameters_by_module.values())
+
+    @property
+    def steps(self) -> int:
+        return self.config.train.tokens // self.config.train.batch_tokens
+
+    @property
+    def micro_steps_per_step(self) -> int:
+        return self.config.train.batch_tokens // self.config.train.micro_batch_tokens
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Most memory used at one time: resident memory of the process, or allocated on an accelerator."""
+        return max(self.process_peak_bytes, self.process_bytes + self.memory.peak + self.allocator_bytes)
+
+    @property
+    def allocator_bytes(self) -> int:
+        """What the heap of a process keeps beside the bytes in use: measured, else as usual."""
+        return int((_heap_ratio(self.speed, self.process_bytes) - 1) * self.memory.peak)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """One update: its micro-batches forward and backward, and the optimiser."""
+        if self.speed is None:
+            return None
+        return self.micro_steps_per_step * self.speed.micro_step_seconds + self.speed.update_seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Training tokens per second inside steps."""
+        return self.config.train.batch_tokens / self.step_seconds if self.step_seconds else None
+
+    @property
+    def share_of_peak(self) -> float | None:
+        """Model FLOPs per second over the vendor's peak for this device, 0..1; None if either is not known."""
+        known = find_device(self.device)
+        if known is None or self.tokens_per_second is None:
+            return None
+        return self.tokens_per_second * self.flops.total / known.peak_flops
+
+    @property
+    def evaluation_seconds(self) -> float | None:
+        """All evaluations, each taken as `eval_tokens` long (the last one takes all held-out text)."""
+        train = self.config.train
+        if self.speed is None:
+            return None
+        on_the_way = max(0, self.steps - 1) // train.eval_every
+        return (on_the_way + 1) * train.eval_tokens * self.speed.evaluation_seconds_per_token
+
+    @property
+    def total_seconds(self) -> float | None:
+        """All steps and evaluations; without preparing text, samples and checkpoints."""
+        return None if self.speed is None else self.steps * self.step_seconds + self.evaluation_seconds
+
+    @property
+    def total_flops(self) -> int:
+        return self.flops.total * self.steps * self.config.train.batch_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """plan.json: numbers with their unit in the key; null where unknown."""
+        train = self.config.train
+        flops = {f"{name}_flops": value for name, value in asdict(self.flops).items()}
+        return {
+            "parameters": self.parameters,
+            "parameters_by_module": self.parameters_by_module,
+            "flops_per_token": flops | {"total_flops": self.flops.total},
+            "total_flops": self.total_flops,
+            "memory": self.memory.to_dict()
+            | {
+                "allocator_bytes": self.allocator_bytes,
+                "process_bytes": self.process_bytes,
+                "process_peak_bytes": self.process_peak_bytes,
+            },
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "total_tokens": self.steps * train.batch_tokens,
+            "batch_tokens": train.batch_tokens,
+            "micro_batch_tokens": train.micro_batch_tokens,
+            "steps": self.steps,
+            "micro_steps_per_step": self.micro_steps_per_step,
+            "precision": self.precision,
+            "device": self.device,
+            "micro_step_seconds": self.speed and self.speed.micro_step_seconds,
+            "update_seconds": self.speed and self.speed.update_seconds,
+            "step_seconds": self.step_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "share_of_peak": self.share_of_peak,
+            "evaluation_seconds": self.evaluation_seconds,
+            "total_seconds": self.total_seconds,
+            "speed_method": self.speed and self.speed.method,
+            "machine": self.machine.to_dict(),
+            "elsewhere": list(elsewhere(self)),
+            "notes": self.notes,
+        }
+
+
+def _heap_ratio(speed: "Speed | None", process_bytes: int) -> float:
+    if not process_bytes:
+        return 1.0  # an accelerator's memory is counted as allocated
+    return USUAL_HEAP_RATIO if speed is None else speed.heap_ratio
+
+
+def elsewhere(plan: Plan) -> list[dict[str, Any]]:
+    """The run on known accelerators: whether its step fits, and the least time it can take, at the vendor's peak."""
+    return [
+        {"device": d.name, "fits": plan.memory.peak <= d.memory_bytes, "least_seconds": plan.total_flops / d.peak_flops}
+        for d in DEVICES
+    ]
+
+
+def plan(config: RunConfig, measure: bool = True) -> Plan:
+    """The plan of a resolved config. measure: time training steps on this machine (some seconds); needs torch."""
+    notes: list[str] = []
+    machine, place = this_machine(), _place(config, measure, notes)
+    capacity = place.memory_bytes or machine.memory_bytes
+    packed = not config.data.cross_document_attention
+    needs = memory(config.model, config.train, place.compute_bytes, packed)
+    fits = _whole(place, needs) <= capacity
+    if not fits:
+        notes.append(_does_not_fit(config, needs, place, capacity))
+    elif not place.memory_bytes and _whole(place, needs) - place.loaded_bytes > machine.memory_available_bytes:
+        notes.append(
+            f"only {bytes_text(machine.memory_available_bytes)} of this machine's memory are free now: close "
+            "other programs, or lower train.micro_batch_tokens"
+        )
+    speed = None
+    if place.torch and fits:
+        from kiem.planning.measure import measure_speed
+
+        speed = measure_speed(config)
+        if not place.memory_bytes:
+            place = replace(place, peak_bytes=runtime.peak_memory())  # measuring is a part of what the process does
+        if config.train.compile:
+            notes.append("speed was measured without train.compile")
+    return Plan(
+        config,
+        parameters_by_module(config.model),
+        flops_per_token(config.model),
+        needs,
+        place.process_bytes,
+        place.peak_bytes,
+        place.precision,
+        place.device,
+        machine,
+        speed,
+        notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the run would be: what is known of it with torch (device memory, process size) or assumed without."""
+
+    torch: bool
+    device: str
+    precision: str
+    process_bytes: int
+    peak_bytes: int = 0
+    loaded_bytes: int = 0  # of process_bytes, what this process has taken already
+    memory_bytes: int | None = None  # of an accelerator
+
+    @property
+    def compute_bytes(self) -> int:
+        return 2 if self.precision == "bfloat16" else 4
+
+
+def _place(config: RunConfig, measure: bool, notes: list[str]) -> _Place:
+    if measure:
+        try:
+            import torch
+        except ImportError:
+            notes.append(
+                "speed is not predicted: it is measured by training steps, and torch is not installed "
+                "(pip install torch)"
+            )
+        else:
+            from kiem.planning.measure import load_all
+
+            device = runtime.select_device(config.device)
+            precision = str(runtime.select_precision(config.train.precision, device)).removeprefix("torch.")
+            if device.type == "cuda":
+                facts = torch.cuda.get_device_properties(device)
+                return _Place(True, facts.name, precision, 0, memory_bytes=facts.total_memory)
+            load_all()
+            now = runtime.memory_now()
+            return _Place(True, "cpu", precision, now, loaded_bytes=now)
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "float32"
+        notes.append("precision auto was taken as float32: what the processor has is known when speed is measured")
+    return _Place(False, "cpu" if config.device == "auto" else config.device, precision, PROCESS_BYTES)
+
+
+def _whole(place: _Place, needs: Memory) -> int:
+    return place.process_bytes + int(_heap_ratio(None, place.process_bytes) * needs.peak)
+
+
+def _does_not_fit(config: RunConfig, needs: Memory, place: _Place, capacity: int) -> str:
+    """What is too large, and the first smaller settings that fit."""
+    said = (
+        f"this run does not fit: it needs {bytes_text(_whole(place, needs))} and "
+        f"{place.device if place.memory_bytes else 'this machine'} has {bytes_text(capacity)}."
+    )
+    for changes in _smaller(config):
+        train = config.train.model_copy(update=changes)
+        less = _whole(place, memory(config.model, train, place.compute_bytes, not config.data.cross_document_attention))
+        if less <= capacity:
+            settings = " ".join(f"train.{name}={str(value).lower()}" for name, value in changes.items())
+            return f"{said} It fits with {settings} ({bytes_text(less)})"
+    return (
+        f"{said} No batch makes it fit: weights, gradients and optimiser alone take "
+        f"{bytes_text(needs.weights + needs.gradients + needs.optimizer)}. Use a smaller model"
+    )
+
+
+def _smaller(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """Changes that need less memory, the cheapest in time first: shorter micro-batches, then recomputation too."""
+    context, batch, micro = config.model.context_length, config.train.batch_tokens, config.train.micro_batch_tokens
+    rows = [n for n in range(micro // context - 1, 0, -1) if batch // context % n == 0]
+    yield from ({"micro_batch_tokens": n * context} for n in rows)
+    if not config.train.activation_checkpointing:
+        yield {"activation_checkpointing": True}
+        yield from ({"micro_batch_tokens": n * context, "activation_checkpointing": True} for n in rows)
+
+
+def tokens_for_minutes(config: RunConfig, minutes: float) -> int:
+    """Training tokens, in whole batches, with which a run of this resolved config ends within `minutes`, start and all.
+
+    At least one batch. Raises ConfigError if not even that fits the time, or speed cannot be measured.
+    """
+    began = time.perf_counter()
+    planned = plan(config, measure=True)
+    if planned.speed is None:
+        raise ConfigError(f"--minutes {minutes:g}: the speed was not measured: {'; '.join(planned.notes)}")
+    measuring = time.perf_counter() - began  # the run measures once more, for its plan
+    left = (minutes * 60 - START_SECONDS - measuring) * (1 - RESERVE)
+    evaluation = config.train.eval_tokens * planned.speed.evaluation_seconds_per_token
+    steps = int((left - EVALUATIONS * evaluation) / planned.step_seconds)
+    if steps < 1:
+        beside = seconds_text(START_SECONDS + measuring + EVALUATIONS * evaluation)
+        raise ConfigError(
+            f"--minutes {minutes:g}: one step takes {seconds_text(planned.step_seconds)} on this machine, and {beside} "
+            "go into the start and evaluations: give more time, a smaller model, or smaller train.batch_tokens and "
+            "train.eval_tokens"
+        )
+    return steps * config.train.batch_tokens
+
+
+def render(plan: Plan) -> "RenderableType":
+    """The plan for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for row in _rows(plan):
+        table.add_row(*map(Text, row))
+    return Group(table, *(Text(f"note: {note}", style="yellow") for note in plan.notes))
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """(what, value with unit, how it comes about)."""
+    train, needs = plan.config.train, plan.memory
+    largest = sorted(plan.parameters_by_module.items(), key=lambda item: -item[1])[:3]
+    shares = (f"{name} {percent_text(count / plan.parameters)}" for name, count in largest)
+    yield "parameters", integer_text(plan.parameters), ", ".join(shares)
+    attention = plan.flops.forward_attention + plan.flops.backward_attention
+    yield "FLOPs per token", count_text(plan.flops.total), f"attention {percent_text(attention / plan.flops.total)}"
+    yield (
+        "tokens",
+        integer_text(plan.steps * train.batch_tokens),
+        (
+            f"{integer_text(plan.steps)} steps of {integer_text(train.batch_tokens)}, {plan.micro_steps_per_step} x "
+            f"{integer_text(train.micro_batch_tokens)} each, {plan.precision}"
+        ),
+    )
+    names = ("weights", "gradients", "optimizer", "activations", "loss", "update")
+    kinds = {name: getattr(needs, name) for name in names}
+    kinds |= {"allocator": plan.allocator_bytes, "process": plan.process_bytes}
+    yield "peak memory", bytes_text(plan.peak_memory_bytes), ", ".join(f"{k} {bytes_text(n)}" for k, n in kinds.items())
+    if plan.speed is not None:
+        yield (
+            "time of one step",
+            seconds_text(plan.step_seconds),
+            (f"of it {seconds_text(plan.speed.update_seconds)} the optimiser; {plan.speed.method}"),
+        )
+        on = plan.device if plan.process_bytes == 0 else f"{plan.machine.processor}, {plan.machine.cores} cores"
+        if plan.share_of_peak is not None:
+            on += f", {percent_text(plan.share_of_peak)} of the vendor's peak rate"
+        yield "speed", f"{integer_text(plan.tokens_per_second)} tokens/s", on
+        yield "time", seconds_text(plan.total_seconds), f"of it {seconds_text(plan.evaluation_seconds)} evaluations"
+    else:
+        there = [of for of in elsewhere(plan) if of["fits"] and of["device"] in SHOWN_ELSEWHERE]
+        least = ", ".join(f"{of['device']} {seconds_text(of['least_seconds'])}" for of in there)
+        if least:
+            yield "least time", "", f"at the vendor's peak rate: {least}"

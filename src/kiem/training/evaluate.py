@@ -1,0 +1,52 @@
+"""How well a model predicts held-out text."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from kiem.data.loader import IGNORE, validation_batches
+from kiem.data.shards import Dataset
+from kiem.model.transformer import Transformer
+from kiem.training.step import loss_sum
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: nats per token; perplexity: exp(loss); bits_per_byte: all nats / ln 2 / bytes of the text; seconds: it
+    took."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    seconds: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer, dataset: Dataset, batch_tokens: int, max_tokens: int | None = None, documents_apart: bool = True
+) -> Evaluation:
+    """Loss over the dataset's held-out text in windows of the model's context, each token predicted once.
+
+    batch_tokens: of one forward pass. max_tokens: only about so many tokens, evenly spread, the same every time.
+    Ends of text are predicted too; they stand for no bytes. documents_apart: as in training.
+    """
+    began, was_training = time.perf_counter(), model.training
+    model.eval()
+    device, context = model.tok_emb.weight.device, model.config.context_length
+    nats, tokens, n_bytes = 0.0, 0, 0
+    try:
+        for batch in validation_batches(dataset.validation, context, max(1, batch_tokens // context), max_tokens):
+            nats += loss_sum(model, batch.to(device), documents_apart).item()
+            targets = batch.targets_BT[batch.targets_BT != IGNORE].numpy()
+            tokens += len(targets)
+            n_bytes += int(dataset.tokenizer.token_bytes[targets].sum())
+    finally:
+        model.train(was_training)
+    loss = nats / tokens
+    bits = nats / math.log(2) / n_bytes if n_bytes else math.nan
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return Evaluation(loss, perplexity, bits, tokens, n_bytes, time.perf_counter() - began)
