@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 CPU_TORCH := [ "$$(uname -s)" != Linux ] || [ -e /dev/nvidiactl ] || $(INSTALL) --retries 0 --timeout 10 \
 	--index-url https://download.pytorch.org/whl/cpu $(TORCH) >/dev/null 2>&1 || true
 
-.PHONY: demo test fuzz test-slow lint clean
+.PHONY: demo test check lint fuzz test-slow clean
 
 demo: .venv/.core
 	$(BIN)/kiem train --minutes 3.7 --out runs/demo
@@ -24,8 +24,13 @@ fuzz: .venv/.dev
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -q -m slow
 
+# What CI runs: format, lint, types, then the tests.
+check: lint test
+
 lint: .venv/.dev
-	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy --no-error-summary
 
 clean:
 	rm -rf .venv

@@ -179,6 +179,7 @@ def failing(tmp_path, source):
     return caught.value, f"{file}:{line}: "
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")  # the mistake of one of the programs
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_an_error_is_explained_and_the_suggestions_run(name, tmp_path):
     source, said, swaps = PROGRAMS[name]
