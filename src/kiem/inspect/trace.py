@@ -57,9 +57,9 @@ class Trace:
             from kiem.inspect.explain.mistakes import FailedCall, explain_error
 
             failed = next((op for op in reversed(self.graph.ops) if op.error), None)
-            values = self.graph.values
+            value = self.graph.value
             call = failed and FailedCall(failed.name, [
-                (name, values[v].shape, str(values[v].dtype).removeprefix("torch."), values[v].device)
+                (name, value(v).shape, str(value(v).dtype).removeprefix("torch."), value(v).device)
                 for name, v in failed.inputs
             ])  # fmt: skip
             self.graph.failure.explanation = explain_error(error, call) or ""
@@ -94,14 +94,14 @@ class Trace:
         if not -len(calls) <= backward < len(calls):
             return []
         leaves = list(calls[backward].leaf_grads)
-        if len(leaves) > 4 or any(self.graph.values[v].numel > 64 for v in leaves):
+        if len(leaves) > 4 or any(self.graph.value(v).numel > 64 for v in leaves):
             return []
         with self._recorder.pause():
             return [chain_rule(self.graph, calls[backward], v) for v in leaves]
 
     def _leaf(self, leaf: Any, call: BackwardCall) -> int:
         if isinstance(leaf, str):
-            value = next((self.graph.values[v] for v in call.leaf_grads if self.graph.values[v].name == leaf), None)
+            value = next((self.graph.value(v) for v in call.leaf_grads if self.graph.value(v).name == leaf), None)
             value = value or self.graph.find(leaf)
             if value is not None:
                 return value.index
@@ -185,14 +185,14 @@ class Verification:
     @property
     def wrong(self) -> list[str]:
         """FILE:LINE of each operation with a wrong gradient, the first that backward came to first."""
-        return [str(self._graph.ops[v.op].source) for v in self.result.wrong]
+        return [str(self._graph.op(v.op).source) for v in self.result.wrong]
 
     def minimal_programs(self) -> list[str]:
         """For the first wrong operations: a standalone program each that shows the error, tried beforehand to be
         sure."""
         from kiem.inspect.repro.program import minimal_program
 
-        return [minimal_program(self._graph, self._graph.ops[case.verdict.op], case.verdict, case.inputs, case.into)
+        return [minimal_program(self._graph, self._graph.op(case.verdict.op), case.verdict, case.inputs, case.into)
                 for case in self.result.cases]  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def test_a_copy_is_no_view():
     graph = recorded(program)[0].graph
     a, clone, copied = graph.find("a"), graph.find("clone"), graph.find("copied")
     assert clone.storage != a.storage != copied.storage and clone.base is None and copied.base is None
-    assert graph.ops[clone.producer].label == "clone"
+    assert graph.op(clone.producer).label == "clone"
 
 
 def test_a_change_in_place_makes_a_new_version_seen_through_every_view():
@@ -171,11 +171,11 @@ def test_a_change_in_place_makes_a_new_version_seen_through_every_view():
 
     graph = recorded(program)[0].graph
     first, second = (op for op in ops(graph, "add") if op.name == "aten.add.Tensor")
-    read, again = (graph.values[dict(op.inputs)["self"]] for op in (first, second))
+    read, again = (graph.value(dict(op.inputs)["self"]) for op in (first, second))
     assert read.storage == again.storage and (read.version, again.version) == (0, 1) and read.index != again.index
     assert again.data == [1.0, 1.0, 0.0, 0.0]
     changed = ops(graph, "add_")[0]
-    assert len(changed.mutates) == 1 and graph.values[changed.mutates[0]].version == 1
+    assert len(changed.mutates) == 1 and graph.value(changed.mutates[0]).version == 1
     assert again.producer == changed.index  # what wrote it, though through another tensor
 
 
@@ -188,7 +188,7 @@ def test_data_is_the_same_memory_without_a_gradient():
 
     graph = recorded(program)[0].graph
     one, two = ops(graph, "mul")
-    a, b = (graph.values[dict(op.inputs)["self"]] for op in (one, two))
+    a, b = (graph.value(dict(op.inputs)["self"]) for op in (one, two))
     assert a.storage == b.storage and a.requires_grad and not b.requires_grad and b.base == a.index
     assert one.edges and not two.edges
 
@@ -248,7 +248,7 @@ def test_a_random_operation_runs_again_from_its_state(draw):
     graph = recorder.graph
     op = [op for op in graph.ops if op.random][-1]
     func, args, kwargs = op.call
-    read = [graph.values[v] for _, v in op.inputs]
+    read = [graph.value(v) for _, v in op.inputs]
     fill = {v.index: torch.tensor(v.data, dtype=v.dtype) for v in read if v.data}
     if op.label == "normal_":
         fill = {op.inputs[0][1]: torch.empty(6)}
@@ -355,7 +355,7 @@ def test_detach_and_no_grad_cut():
 
     graph = recorded(program)[0].graph
     quiet, cut = graph.find("quiet"), graph.find("cut")
-    assert not graph.ops[quiet.producer].grad_enabled and graph.ops[quiet.producer].edges == ()
+    assert not graph.op(quiet.producer).grad_enabled and graph.op(quiet.producer).edges == ()
     assert not cut.requires_grad and len(ops(graph, "detach")) == 1
     assert len(graph.backwards[0].leaf_grads) == 1
 
@@ -370,7 +370,7 @@ def test_casts_of_autocast_and_the_optimizer_are_seen():
         optimizer.step()
 
     graph = recorded(program)[0].graph
-    casts = [op for op in ops(graph, "_to_copy") if graph.values[op.outputs[0]].dtype is torch.bfloat16]
+    casts = [op for op in ops(graph, "_to_copy") if graph.value(op.outputs[0]).dtype is torch.bfloat16]
     assert {graph.title(op.inputs[0][1]) for op in casts} >= {"net.weight", "net.bias"}
     assert ops(graph, "addmm")[0].module == "net"
     assert {op.region for op in graph.ops if op.index >= graph.backwards[0].after_op} == {"optimizer"}
@@ -503,7 +503,7 @@ def test_every_step_belongs_to_its_operation():
     graph = recorded(program)[0].graph
     for step in graph.backwards[0].steps:
         assert step.leaf is not None or step.op is not None, step.node
-    made = {graph.ops[s.op].label for s in graph.backwards[0].steps if s.op is not None}
+    made = {graph.op(s.op).label for s in graph.backwards[0].steps if s.op is not None}
     assert made >= {"view", "t", "clone", "mul_", "_log_softmax", "cumsum", "amax", "linalg_vector_norm"}
 
 

@@ -44,7 +44,10 @@ def made(name="mul", module="model.layers.0", parameter="model.weight", **given)
     known = {"along": 1.5, "numeric": 2.5, "numeric_error": 1e-12, "reference": "rule", "units": 2e6, "bound": 12.0,
              "element": (1, 2), "expected": 0.5, "got": 0.25, "wrong_elements": 4, "shape": (2, 3)}  # fmt: skip
     wrong = InputVerdict("self", 0, "wrong", torch.float32, **known | given)
-    return Graph(ops=[op], values=[value]), Result([Verdict(0, "wrong", "", [wrong], True)], [(0, wrong)])
+    graph = Graph()
+    graph.add_op(op)
+    graph.add_value(value)
+    return graph, Result([Verdict(0, "wrong", "", [wrong], True)], [(0, wrong)])
 
 
 def test_the_first_wrong_operation():
@@ -66,8 +69,8 @@ def test_none_was_returned():
 def test_equal_operations_at_one_place_are_counted():
     graph, result = made()
     for line in (15, 15, 15, 16):
-        op = dataclasses.replace(graph.ops[0], index=len(graph.ops), source=Source("other.py", line, "f", "y"))
-        graph.ops.append(op)
+        op = dataclasses.replace(graph.op(0), index=graph.next_op, source=Source("other.py", line, "f", "y"))
+        graph.add_op(op)
         result.verdicts.append(dataclasses.replace(result.verdicts[0], op=op.index))
     text = " ".join(shown(graph, result).split())
     assert "also wrong mul at other.py:15 (3 times) also wrong mul at other.py:16" in text
@@ -76,7 +79,7 @@ def test_equal_operations_at_one_place_are_counted():
 
 def test_files_of_packages_are_named_without_their_folder():
     graph, result = made()
-    graph.ops[0].source = Source("/home/me/.venv/lib/python3.11/site-packages/pkg/sub/model.py", 7, "f", "y")
+    graph.op(0).source = Source("/home/me/.venv/lib/python3.11/site-packages/pkg/sub/model.py", 7, "f", "y")
     result.notes.append("seen at /a/dist-packages/x.py:3")
     result.verdicts.append(Verdict(0, "unchecked", r"it ran at C:\v\Lib\site-packages\y.py:4"))
     text = shown(graph, result, 200)
@@ -153,7 +156,7 @@ def test_nodes_that_nothing_recorded_made_are_one_note():
 def test_leaves_of_one_name_have_rows_of_their_own():
     graph, result = made()
     one = InputVerdict("", 1, "ok", torch.float32, units=0.25, bound=10.0)
-    graph.values.append(dataclasses.replace(graph.values[0], index=1))
+    graph.add_value(dataclasses.replace(graph.value(0), index=1))
     result.parameters += [(1, one), (2, one)]
     text = " ".join(shown(graph, result).split())
     assert "model.weight 1 2.0e+06 12 wrong model.weight#2 2 0.25 10 ok" in text
@@ -163,7 +166,7 @@ def test_entries_of_a_dict_are_folded_to_it():
     graph, result = made()
     result.parameters = []
     for i in range(40):
-        graph.values.append(dataclasses.replace(graph.values[0], index=i + 1, name=f'params["{i}.weight"]'))
+        graph.add_value(dataclasses.replace(graph.value(0), index=i + 1, name=f'params["{i}.weight"]'))
         result.parameters.append((0, InputVerdict("", i + 1, "ok", torch.float32, units=0.5, bound=10.0)))
     assert "params 40 0.5 10 ok" in " ".join(shown(graph, result).split())
 
@@ -188,7 +191,7 @@ def test_json():
 def test_foreign_names_are_harmless(width, encoding):
     evil = "[bold red]x[/]\x1b[2J\u202e日本\r\nfoo"
     graph, result = made("mul" + evil, f"m.{evil}", evil)
-    graph.ops[0].source = Source(f"{evil}.py", 1, "f", evil)
+    graph.op(0).source = Source(f"{evil}.py", 1, "f", evil)
     result.notes.append(f"note {evil}")
     result.verdicts.append(Verdict(0, "unchecked", evil))
     text = shown(graph, result, width, encoding)
@@ -202,10 +205,10 @@ def test_many_parameters_are_folded_by_module():
     result.parameters = []
     for layer in range(18):
         for name in ("a.weight", "a.bias", "b.weight", "b.bias"):
-            graph.values.append(Value(len(graph.values), (3,), torch.float32, "cpu", (1,), 0, 0, 0, True, True,
+            graph.add_value(Value(graph.next_value, (3,), torch.float32, "cpu", (1,), 0, 0, 0, True, True,
                                       name=f"model.{layer}.{name}"))  # fmt: skip
             units = 9.0 if (layer, name) == (7, "b.bias") else 0.5
-            one = InputVerdict("", len(graph.values) - 1, "ok", torch.float32, units=units, bound=10.0)
+            one = InputVerdict("", graph.next_value - 1, "ok", torch.float32, units=units, bound=10.0)
             result.parameters.append((0, one))
     text = shown(graph, result)
     assert "model.7.b" not in text and "model.17" in text

@@ -187,7 +187,7 @@ def verified(program, seed=0):
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_correct_program_is_not_called_wrong(name):
     recorder, result = verified(RIGHT[name])
-    assert [(recorder.graph.ops[v.op].name, v.inputs) for v in result.wrong] == []
+    assert [(recorder.graph.op(v.op).name, v.inputs) for v in result.wrong] == []
     assert result.wrong_parameters == []
     assert [v.text for v in result.verdicts if v.verdict == "unchecked"] == []
     assert result.parameters and not [note for note in result.notes if "not checked" in note]
@@ -216,7 +216,7 @@ def test_a_hook_on_the_way_is_said_and_not_judged():
         second(hidden).sum().backward()
 
     recorder, result = verified(program)
-    verdicts = {recorder.graph.values[v.value].numel: v.verdict for _, v in result.parameters}
+    verdicts = {recorder.graph.value(v.value).numel: v.verdict for _, v in result.parameters}
     assert verdicts == {12: "hook", 4: "hook", 1: "ok"} or verdicts == {12: "hook", 4: "ok", 1: "ok"}
     assert sum(v.verdict == "hook" for _, v in result.parameters) == 2
     assert any("a hook changes its gradient" in note and __file__[-20:] in note for note in result.notes)
@@ -261,7 +261,7 @@ def test_a_surrogate_gradient_that_is_declared_is_not_judged():
     Sign.surrogate_gradient = True
     recorder, result = verified(program)
     assert result.ok and [v.verdict for _, v in result.parameters] == ["hook"]
-    assert [recorder.graph.ops[v.op].name for v in result.verdicts if v.verdict == "unchecked"] == ["Sign"]
+    assert [recorder.graph.op(v.op).name for v in result.verdicts if v.verdict == "unchecked"] == ["Sign"]
 
 
 def test_what_is_cut_off_on_the_way_is_said():
@@ -337,5 +337,5 @@ def test_backward_in_a_thread_of_its_own_numbers_its_nodes_anew():
 
     recorder, result = verified(program)
     assert result.ok
-    assert {recorder.graph.ops[v.op].label for v in result.verdicts} == {"mm", "tanh", "add", "pow", "sum"}
+    assert {recorder.graph.op(v.op).label for v in result.verdicts} == {"mm", "tanh", "add", "pow", "sum"}
     assert sum("made by no recorded operation" in note for note in result.notes) == 3

@@ -33,12 +33,12 @@ def verified(program, end_to_end=True):
 def test_a_wrong_derivative_is_found_at_its_line(path):
     marked = {i for i, line in enumerate(path.read_text().splitlines(), 1) if "# wrong:" in line}
     recorder, result = verified(path)
-    found = {recorder.graph.ops[v.op].source for v in result.wrong}
+    found = {recorder.graph.op(v.op).source for v in result.wrong}
     assert {s.line for s in found} == marked
     assert {Path(s.file).name for s in found} == {path.name}
     assert not result.ok
     defined = [i for i, line in enumerate(path.read_text().splitlines(), 1) if "# defined" in line]
-    op = recorder.graph.ops[result.wrong[0].op]
+    op = recorder.graph.op(result.wrong[0].op)
     if op.backward_source is not None and defined:
         assert op.backward_source.line in defined
 
@@ -46,7 +46,7 @@ def test_a_wrong_derivative_is_found_at_its_line(path):
 @pytest.mark.parametrize("path", RIGHT, ids=lambda p: p.stem)
 def test_a_right_program_gives_no_alarm(path):
     recorder, result = verified(path)
-    assert [recorder.graph.ops[v.op].source for v in result.wrong] == []
+    assert [recorder.graph.op(v.op).source for v in result.wrong] == []
     assert [p.argument for p in result.wrong_parameters] == []
     assert [v.text for v in result.verdicts if v.verdict == "unchecked"] == []
     assert result.ok
@@ -92,7 +92,7 @@ def test_a_loop_is_checked_beyond_its_first_step_and_folded():
 
     recorder, result = verified(program)
     assert len(result.wrong) >= 1 and recorder.graph.repeats
-    assert all(recorder.graph.ops[v.op].name == "Twice" for v in result.wrong)
+    assert all(recorder.graph.op(v.op).name == "Twice" for v in result.wrong)
 
 
 def test_what_comes_after_a_long_loop_is_checked(monkeypatch):
@@ -106,7 +106,7 @@ def test_what_comes_after_a_long_loop_is_checked(monkeypatch):
         Twice.apply(w.exp()).sum().backward()
 
     recorder, result = verified(program)
-    assert [recorder.graph.ops[v.op].name for v in result.wrong] == ["Twice"]
+    assert [recorder.graph.op(v.op).name for v in result.wrong] == ["Twice"]
     assert any("do the same" in note and "3 were not" in note for note in result.notes)
 
 

@@ -112,14 +112,14 @@ def chain_rule(graph: Graph, call: BackwardCall, leaf: int) -> Chain:
 class _Way:
     def __init__(self, graph: Graph, call: BackwardCall, leaf: int):
         self.graph, self.call, self.leaf = graph, call, leaf
-        known = graph.values[leaf]
+        known = graph.value(leaf)
         seen = [pair for op in graph.ops for pair in zip(op.edges, (v for _, v in op.inputs), strict=False)]
         seen = [(edge, v) for edge, v in [*zip(call.root_keys, call.roots, strict=False), *seen] if edge]
         self.values: dict[tuple, int] = {}
         for edge, value in seen:
-            if edge not in self.values or graph.values[self.values[edge]].name is None:
+            if edge not in self.values or graph.value(self.values[edge]).name is None:
                 self.values[edge] = edge[1] if edge[0] == "leaf" else value
-        own = ("leaf", leaf) if known.producer is None else (graph.ops[known.producer].sequence, max(known.output, 0))
+        own = ("leaf", leaf) if known.producer is None else (graph.op(known.producer).sequence, max(known.output, 0))
         places = dict.fromkeys([*(edge for edge, value in seen if value == leaf), own])
         self.target = next((p for p in places if p in call.root_keys or on_the_way(call, p)), next(iter(places)))
         self.number = {step.key[0]: i for i, step in enumerate(call.steps) if step.leaf is None}
@@ -144,7 +144,7 @@ class _Way:
         straight = seed is not None and numbers and not any(self._hooked(place) for place in self.sent)
         ways, products = through(steps), through(steps, scalars=True) if straight else []
         return Chain(
-            self.leaf, graph.title(self.leaf), graph.values[self.leaf].describe(),
+            self.leaf, graph.title(self.leaf), graph.value(self.leaf).describe(),
             " and ".join(graph.title(v) for v in call.roots) or "loss", call.source, steps, joins,
             sum(ways[i] for i in roots) + (self.target in call.root_keys), seed,
             seed * products[min(roots)] if straight else None,
@@ -161,7 +161,7 @@ class _Way:
             yield f"{len(others)} backward calls gave it a gradient: this is that of the call at {call.source} alone"
 
     def _step(self, number: int, step: Step) -> ChainStep:
-        op = None if step.op is None else self.graph.ops[step.op]
+        op = None if step.op is None else self.graph.op(step.op)
         node = step.node.removeprefix("torch::autograd::")
         row = find(op.name) if op is not None and op.kind == "op" else None
         call = None if op is None else call_of(self.graph, op)
@@ -175,7 +175,7 @@ class _Way:
         for name, value in op.inputs if row else ():
             letter = row.symbols.get(name.split("[")[0])
             if letter:
-                found.letters[letter] = (self.graph.values[value].shape, self.graph.title(value))
+                found.letters[letter] = (self.graph.value(value).shape, self.graph.title(value))
         for position, argument, value in arguments(self.graph, step):
             edge, out = step.edges[position], step.out[position]
             if out is None or (edge != self.target and self.number.get(edge[0]) not in self.index):
@@ -215,7 +215,7 @@ class _Way:
             if total.numel() == math.prod(arrived.shape):
                 join.total = total.reshape(arrived.shape).tolist()
             if not join.ok:
-                lines = () if value is None else self.graph.values[value].hooks
+                lines = () if value is None else self.graph.value(value).hooks
                 hooked = bool(lines) or self._hooked(place)
                 join.ok = None if hooked else False
                 who = f"the hook at {' or '.join(lines)}" if lines else "a hook" if hooked else "something unknown"
@@ -238,7 +238,7 @@ def on_the_way(call: BackwardCall, target: tuple, through_none: bool = False) ->
 def arguments(graph: Graph, step: Step) -> Iterator[tuple[int, str, int | None]]:
     """(position in `out`, argument, value) of each input of a node that has an edge, in the order of the arguments."""
     left = [i for i in range(min(len(step.edges), len(step.out))) if step.edges[i] is not None]
-    op = None if step.op is None else graph.ops[step.op]
+    op = None if step.op is None else graph.op(step.op)
     if op is not None:
         inputs = list(zip(op.inputs, op.edges, strict=False))
         if step.node.endswith("CopySlices") and left:
@@ -273,8 +273,8 @@ def sum_error(parts: list[Gradient], arrived: Gradient) -> tuple[float, float, T
 
 def call_of(graph: Graph, op: Op) -> Call:
     """An operation as the table of derivatives takes it, in float64; a value that was not kept has its shape only."""
-    inputs = {name: _tensor(graph.values[value]) for name, value in op.inputs}
-    return Call(inputs, op.attributes, tuple(_tensor(graph.values[value]) for value in op.outputs))
+    inputs = {name: _tensor(graph.value(value)) for name, value in op.inputs}
+    return Call(inputs, op.attributes, tuple(_tensor(graph.value(value)) for value in op.outputs))
 
 
 def _tensor(value: Value) -> Tensor:
@@ -311,8 +311,8 @@ def scalar(of: Any) -> float | None:
 
 
 def _why_not(graph: Graph, call: BackwardCall, leaf: int, target: tuple) -> str:
-    value = graph.values[leaf]
-    made_by = [None if v.producer is None else graph.ops[v.producer] for v in graph.values]
+    value = graph.value(leaf)
+    made_by = [None if v.producer is None else graph.op(v.producer) for v in graph.values]
     made = made_by[leaf]
     if not is_continuous(value.dtype):
         return f"it is {value.describe()}, and only floating-point tensors have derivatives"
@@ -321,12 +321,12 @@ def _why_not(graph: Graph, call: BackwardCall, leaf: int, target: tuple) -> str:
     for position in on_the_way(call, target, through_none=True):
         step = call.steps[position]
         if not call.partial and any(e and out is None for e, out in zip(step.edges, step.out, strict=False)):
-            name = step.node if step.op is None else f"{graph.ops[step.op].label} at {graph.ops[step.op].source}"
+            name = step.node if step.op is None else f"{graph.op(step.op).label} at {graph.op(step.op).source}"
             return f"the backward of {name} gives none"
-    nested = next((c for c in graph.backwards[call.index + 1 :] if c.nested and on_the_way(c, target)), None)
+    nested = next((c for c in graph.backwards if c.index > call.index and c.nested and on_the_way(c, target)), None)
     if nested is not None:
         return f"it goes through the backward call inside this one, number {nested.index}"
-    before = graph.ops[: call.after_op]
+    before = list(graph.ops_between(0, call.after_op))
     flows = {leaf} | {v for op in before for (_, v), edge in zip(op.inputs, op.edges, strict=False) if edge == target}
     used = {str(op.source): None for op in before if flows & {v for _, v in op.inputs}}
     needed, cuts = set(call.roots), {}
@@ -336,7 +336,7 @@ def _why_not(graph: Graph, call: BackwardCall, leaf: int, target: tuple) -> str:
             needed |= {result.base, *(v for _, v in (op.inputs if op else ()))}
     for result in graph.values:
         op = made_by[result.index]
-        if op is None or not any(v in flows or graph.values[v].base in flows for _, v in op.inputs):
+        if op is None or not any(v in flows or graph.value(v).base in flows for _, v in op.inputs):
             continue
         if result.requires_grad:
             flows.add(result.index)
@@ -358,7 +358,7 @@ def _cut(graph: Graph, op: Op, result: Value) -> str:
         return f"{op.label} at {op.source} ran under torch.no_grad or inference_mode"
     if not is_continuous(result.dtype):
         return f"{op.label} at {op.source} gives {result.describe()}, which has no derivative"
-    if any(graph.values[v].producer is None and graph.values[v].base is not None for _, v in op.inputs):
+    if any(graph.value(v).producer is None and graph.value(v).base is not None for _, v in op.inputs):
         return f"read through .data at {op.source}"
     return f"nothing in {op.label} at {op.source} requires a gradient"
 
@@ -372,7 +372,7 @@ def tensors(graph: Graph) -> list[dict[str, Any]]:
     """The table of all tensors, in plain types. `saved_by`: operations whose backward keeps it."""
     rows = []
     for value in graph.values:
-        made = None if value.producer is None else graph.ops[value.producer]
+        made = None if value.producer is None else graph.op(value.producer)
         copied = made is not None and made.label in ("clone", "_to_copy")
         rows.append({
             "id": value.index, "name": value.name, "rank": value.rank, "shape": list(value.shape),
@@ -380,7 +380,7 @@ def tensors(graph: Graph) -> list[dict[str, Any]]:
             "view_of": None if value.base is None else graph.title(value.base), "storage": value.storage,
             "copy_of": graph.title(made.inputs[0][1]) if copied else None, "bytes": value.nbytes,
             "version": value.version, "requires_grad": value.requires_grad, "parameter": value.is_parameter,
-            "saved_by": [f"{graph.ops[i].label} at {graph.ops[i].source}" for i in value.saved_by],
+            "saved_by": [f"{graph.op(i).label} at {graph.op(i).source}" for i in value.saved_by],
             "made_by": None if made is None else made.label, "source": None if made is None else str(made.source),
         })  # fmt: skip
     return rows

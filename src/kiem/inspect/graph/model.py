@@ -212,6 +212,52 @@ class Graph:
     notes: list[str] = field(default_factory=list)
     failure: Failure | None = None
 
+    def op(self, id: int) -> Op:
+        """The operation of this id (`Op.index`): an id, never a position."""
+        return self.ops[id]
+
+    def value(self, id: int) -> Value:
+        """The value of this id (`Value.index`): an id, never a position."""
+        return self.values[id]
+
+    def backward(self, id: int) -> BackwardCall:
+        """The backward call of this id (`BackwardCall.index`): an id, never a position."""
+        return self.backwards[id]
+
+    def add_op(self, op: Op) -> Op:
+        """Append an operation; its id is the next one, `next_op`."""
+        self.ops.append(op)
+        return op
+
+    def add_value(self, value: Value) -> Value:
+        """Append a value; its id is the next one, `next_value`."""
+        self.values.append(value)
+        return value
+
+    def add_backward(self, call: BackwardCall) -> BackwardCall:
+        """Append a backward call; its id is the next one, `next_backward`."""
+        self.backwards.append(call)
+        return call
+
+    @property
+    def next_op(self) -> int:
+        """The id of the next operation."""
+        return len(self.ops)
+
+    @property
+    def next_value(self) -> int:
+        """The id of the next value."""
+        return len(self.values)
+
+    @property
+    def next_backward(self) -> int:
+        """The id of the next backward call."""
+        return len(self.backwards)
+
+    def ops_between(self, first: int, until: int | None = None) -> Iterator[Op]:
+        """Operations whose id is at least `first` and below `until`, in order."""
+        return iter(self.ops[first:until])
+
     def leaves(self) -> Iterator[Value]:
         """Values that gradients are asked for: parameters and other leaves with requires_grad."""
         return (v for v in self.values if v.is_leaf and v.requires_grad)

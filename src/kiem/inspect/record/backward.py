@@ -123,10 +123,10 @@ class BackwardHooks:
     def _call(self, outputs: list[torch.Tensor], frame) -> BackwardCall:
         recorder, graph = self._recorder, self._recorder.graph
         roots = tuple(map(recorder.table.of, outputs))
-        call = BackwardCall(len(graph.backwards), source.at(frame), len(graph.ops), roots, nested=self.running)
+        call = BackwardCall(graph.next_backward, source.at(frame), graph.next_op, roots, nested=self.running)
         call.transformed = torch._C._are_functorch_transforms_active()
         call.root_keys = tuple(map(recorder.table.edge, outputs, roots))
-        graph.backwards.append(call)
+        graph.add_backward(call)
         return call
 
     def _ended(self, call: BackwardCall, wanted: tuple, result: Any) -> None:
@@ -171,13 +171,13 @@ class BackwardHooks:
         if op is not None and not _alike(op, name):
             op = None  # a node of torch.jit, which stands for many operations
         for index in self._recorder.by_sequence.get(number, ()) if op is None else ():
-            known = graph.ops[index]
+            known = graph.op(index)
             if index not in taken and _alike(known, name) and _same_ways(known.edges, edges):
                 op = known
                 break
         if op is None and name == "copyslices":
             # An operation changed a view in place; its own node, numbered just before, is inside.
-            changing = (graph.ops[i] for i in self._recorder.by_sequence.get(number - 1, ()))
+            changing = (graph.op(i) for i in self._recorder.by_sequence.get(number - 1, ()))
             op = next((known for known in changing if known.mutates), None)
         if op is not None:
             op.node = "CopySlices" if name == "copyslices" else op.node or node.name()
@@ -193,7 +193,7 @@ class BackwardHooks:
                     continue  # a number
                 with contextlib.suppress(RuntimeError):
                     for tensor in _tensors(getattr(node, name)):
-                        value = recorder.graph.values[recorder.table.of(tensor)]
+                        value = recorder.graph.value(recorder.table.of(tensor))
                         if op.index not in value.saved_by:
                             value.saved_by.append(op.index)
 
@@ -201,7 +201,7 @@ class BackwardHooks:
         recorder = self._recorder
         leaf = key[1] if key[0] == "leaf" else None
         if leaf is not None:
-            recorder.graph.values[leaf].hooks = hook_lines(node.variable)
+            recorder.graph.value(leaf).hooks = hook_lines(node.variable)
             self._accumulated.append(node.variable)
 
         def before(_into) -> None:

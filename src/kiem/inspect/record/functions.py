@@ -42,7 +42,7 @@ def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
     with recorder.pause(), recorder.lock, recorder.looking(cls.__name__, frame):
         recorder.table.name_locals(frame)
         op, tensors = _operation(recorder, cls, args, kwargs, frame, region)
-        recorder.graph.ops.append(op)
+        recorder.graph.add_op(op)
         versions = [recorder.table.storage_of(t).version for t in tensors]
     if op is None:
         return apply(cls, *args, **kwargs)
@@ -83,9 +83,9 @@ def _operation(recorder: Recorder, cls, args: tuple, kwargs: dict, frame, region
     recorder.keep_inputs(named, inputs)
     path, kind = recorder.modules.current
     parent = recorder.local.parents[-1] if recorder.local.parents else None
-    again, packed = source.saving(None if parent is None else recorder.graph.ops[parent])
+    again, packed = source.saving(None if parent is None else recorder.graph.op(parent))
     op = Op(
-        index=len(recorder.graph.ops), name=registered["op"]._schema.name if registered else cls.__name__,
+        index=recorder.graph.next_op, name=registered["op"]._schema.name if registered else cls.__name__,
         kind="compiled" if compiled else "function", inputs=inputs, outputs=(),
         attributes={n: a for n, a in zip(names, args, strict=True) if not isinstance(a, torch.Tensor)},
         source=source.at(frame), module=path, module_class=kind, parent=parent,
@@ -111,7 +111,7 @@ def _outputs(recorder: Recorder, op: Op, out):
         inner = recorder.table.seen(tensor)
         value = recorder.table.new(tensor, op.index, i)
         if inner is not None:
-            made = recorder.graph.values[inner]
+            made = recorder.graph.value(inner)
             value.stats, value.data, value.base = made.stats, made.data, made.base
         else:
             recorder.table.describe(value, tensor)

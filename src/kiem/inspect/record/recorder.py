@@ -136,7 +136,7 @@ class Recorder(TorchDispatchMode):
         op = None
         with self.lock, self.looking(str(func), frame):
             op = self._operation(func, sign, args, kwargs, frame, region)
-            self.graph.ops.append(op)
+            self.graph.add_op(op)
             self._before_write(written)
         try:
             out = func(*args, **kwargs)
@@ -197,9 +197,9 @@ class Recorder(TorchDispatchMode):
             self.keep_inputs(tensors, inputs)
         path, kind = self.modules.current
         parent = self.local.parents[-1] if self.local.parents else None
-        again, packed = source.saving(None if parent is None else self.graph.ops[parent])
+        again, packed = source.saving(None if parent is None else self.graph.op(parent))
         op = Op(
-            index=len(self.graph.ops), name="torch.tensor.default" if sign.makes else str(func), kind="op",
+            index=self.graph.next_op, name="torch.tensor.default" if sign.makes else str(func), kind="op",
             inputs=inputs, outputs=(),
             attributes=sign.attributes(args, kwargs), source=self._place(frame), module=path, module_class=kind,
             parent=parent, region=again or region, packed=packed, grad_enabled=torch.is_grad_enabled(),
@@ -214,7 +214,7 @@ class Recorder(TorchDispatchMode):
         written = sign.written(args, kwargs)
         if edges and written and written[0][1]._is_view():
             op.base = self.table.of(written[0][1]._base)
-            self.kept.add(self.graph.values[op.base], written[0][1]._base)
+            self.kept.add(self.graph.value(op.base), written[0][1]._base)
         return op
 
     def _place(self, frame: FrameType | None) -> Source:
@@ -223,7 +223,7 @@ class Recorder(TorchDispatchMode):
 
     def _inside_function(self) -> bool:
         """Whether a custom Function that backward calls, and that is differentiated again, computes its forward."""
-        return any(self.graph.ops[p].edges for p in self.local.parents[self.local.floor :])
+        return any(self.graph.op(p).edges for p in self.local.parents[self.local.floor :])
 
     def _in_custom_backward(self) -> bool:
         """Whether the backward of a custom Function computes, not the forward of a checkpoint again."""
@@ -250,7 +250,7 @@ class Recorder(TorchDispatchMode):
             self.graph.notes.append(note)
 
     def _outputs(self, out: Any, op: Op, written: dict[int, int]) -> Iterator[int]:
-        inputs = {self.graph.values[v].storage: v for _, v in reversed(op.inputs)}
+        inputs = {self.graph.value(v).storage: v for _, v in reversed(op.inputs)}
         for i, tensor in enumerate(flatten(out)):
             if id(tensor) in written:
                 yield written[id(tensor)]
@@ -258,8 +258,8 @@ class Recorder(TorchDispatchMode):
             value = self.table.new(tensor, op.index, i)
             value.base = inputs.get(value.storage)
             known = value.base is not None and value.base not in self.table.stale
-            if known and self.graph.values[value.base].numel == value.numel:
-                value.stats = self.graph.values[value.base].stats
+            if known and self.graph.value(value.base).numel == value.numel:
+                value.stats = self.graph.value(value.base).stats
             yield value.index
             if value.stats is None:
                 value.stats = statistics(tensor)
@@ -305,11 +305,11 @@ class Recorder(TorchDispatchMode):
         """Hold what operations read: verification runs them again."""
         if self.kept.limit != 0:
             for (_, tensor), (_, value) in zip(tensors, inputs, strict=True):
-                self.kept.add(self.graph.values[value], tensor)
+                self.kept.add(self.graph.value(value), tensor)
 
     def release_done(self, done: set[int]) -> None:
         """Let go of the inputs of operations whose backward has run; what others of this step still need stays."""
-        waiting = [op for op in self.graph.ops[self.folder.start :] if op.edges and op.index not in done]
+        waiting = [op for op in self.graph.ops_between(self.folder.start) if op.edges and op.index not in done]
         self.kept.keep_only({v for op in waiting for _, v in op.inputs} | {op.base for op in waiting})
 
     def pause(self) -> _Pause:

@@ -68,7 +68,7 @@ class ValueTable:
         known = self._objects.get(id(tensor))
         if known is None or known.reference() is not tensor:
             return None
-        storage = self.graph.storages[self.graph.values[known.value].storage]
+        storage = self.graph.storages[self.graph.value(known.value).storage]
         return known.value if known.version == storage.version else None
 
     def of(self, tensor: torch.Tensor) -> int:
@@ -77,13 +77,13 @@ class ValueTable:
         if index is None:
             index = self._other_value(tensor)
         if tensor.is_leaf and (name := self._modules.name_of(tensor)) is not None:
-            self.graph.values[index].name = name  # parameters carry their path, whatever variable also shows them
+            self.graph.value(index).name = name  # parameters carry their path, whatever variable also shows them
         return index
 
     def _other_value(self, tensor: torch.Tensor) -> int:
         storage = self.storage_of(tensor)
         known = self._places.get(_place(tensor, storage.index))
-        apart = known is not None and self.graph.values[known.value].requires_grad and not tensor.requires_grad
+        apart = known is not None and self.graph.value(known.value).requires_grad and not tensor.requires_grad
         if known is not None and known.version == storage.version and not apart:
             self.show(tensor, known.value)
             return known.value
@@ -108,19 +108,19 @@ class ValueTable:
         strided = regular(tensor)
         held = None if strided or is_lazy(tensor) else held_by(tensor.detach())
         value = Value(
-            index=len(self.graph.values), shape=shape_of(tensor), dtype=tensor.dtype, device=str(tensor.device),
+            index=self.graph.next_value, shape=shape_of(tensor), dtype=tensor.dtype, device=str(tensor.device),
             strides=tuple(tensor.stride()) if strided else (), offset=tensor.storage_offset() if strided else 0,
             storage=storage.index, version=storage.version, requires_grad=tensor.requires_grad,
             is_leaf=tensor.is_leaf and producer is None, is_parameter=isinstance(tensor, torch.nn.Parameter),
             producer=producer, output=output, layout=str(tensor.layout).removeprefix("torch."), held=held,
         )  # fmt: skip
-        self.graph.values.append(value)
+        self.graph.add_value(value)
         self.show(tensor, value.index)
         return value
 
     def show(self, tensor: torch.Tensor, value: int) -> None:
         """Note that a tensor shows a value now."""
-        storage = self.graph.storages[self.graph.values[value].storage]
+        storage = self.graph.storages[self.graph.value(value).storage]
         self._objects[id(tensor)] = _Seen(weakref.ref(tensor), value, storage.version)
         self._places[_place(tensor, storage.index)] = _Seen(None, value, storage.version)
 
@@ -128,25 +128,25 @@ class ValueTable:
         """Where autograd sends the gradient of this tensor: ("leaf", value), (number of a node, its output), or ()."""
         if not tensor.requires_grad:
             return ()
-        self.graph.values[value].requires_grad = True
+        self.graph.value(value).requires_grad = True
         if tensor._backward_hooks:
-            self.graph.values[value].hooks = hook_lines(tensor)
+            self.graph.value(value).hooks = hook_lines(tensor)
         if tensor.grad_fn is None:
             return ("leaf", self.leaf(tensor, value))
-        made = self.graph.values[value].producer
-        op = None if made is None else self.graph.ops[made]
+        made = self.graph.value(value).producer
+        op = None if made is None else self.graph.op(made)
         if op is not None and op.label == "detach":
             # Autograd took the result apart to save it and puts it back where it belongs: no gradient is cut off.
             op.name, op.call = "aten.alias.default", (torch.ops.aten.alias.default, *op.call[1:])
-        sequence, shown = tensor.grad_fn._sequence_nr(), self.graph.values[value]
+        sequence, shown = tensor.grad_fn._sequence_nr(), self.graph.value(value)
         if op is not None and op.mutates and op.sequence is not None and op.sequence & LOW == sequence + 1:
             op.sequence -= 1  # between its node and itself autograd cloned what it changes, to keep that
         while op is not None:
             if op.sequence is not None and op.sequence & LOW == sequence:
                 tensor.grad_fn.metadata[MADE_BY] = op  # whatever other threads call their nodes
                 return (op.sequence, tensor.output_nr)
-            shown = None if shown.base is None else self.graph.values[shown.base]
-            op = None if shown is None or shown.producer is None else self.graph.ops[shown.producer]
+            shown = None if shown.base is None else self.graph.value(shown.base)
+            op = None if shown is None or shown.producer is None else self.graph.op(shown.producer)
         return (self._numbers.number(sequence), tensor.output_nr)
 
     def leaf(self, tensor: torch.Tensor, value: int | None = None) -> int:
@@ -156,7 +156,7 @@ class ValueTable:
         known = self._leaves.get(id(tensor))
         if known is None or known[0]() is not tensor:
             self._leaves[id(tensor)] = known = (weakref.ref(tensor), value)
-            leaf = self.graph.values[value]
+            leaf = self.graph.value(value)
             leaf.is_leaf, leaf.requires_grad = True, tensor.requires_grad
         return known[1]
 
@@ -173,7 +173,7 @@ class ValueTable:
         own, held = variables(frame)
         # A loop's variable names all parameters of a list alike: there the entry's name is the better one.
         for name, tensor, leaf in (*((*h, True) for h in held), *((*v, False) for v in (*own, *held))):
-            value = None if (index := self.seen(tensor)) is None else self.graph.values[index]
+            value = None if (index := self.seen(tensor)) is None else self.graph.value(index)
             if value is not None and value.name is None and (not leaf or (value.is_leaf and value.requires_grad)):
                 value.name = name
 

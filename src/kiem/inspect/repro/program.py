@@ -220,7 +220,7 @@ class _Case:
         self.recorded = {v: inputs[v] for v in titles}
         self.tensors = {v: elements(t) for v, t in self.recorded.items()}
         self.into = tuple(None if g is None else self._arrived(g) for g in into)
-        devices = {graph.values[v].device for v in (*titles, *op.outputs)} - {"cpu"}
+        devices = {graph.value(v).device for v in (*titles, *op.outputs)} - {"cpu"}
         self.device = ", ".join(sorted(devices))
         self.where = "the CPU" if place == "cpu" or not devices else self.device
         self.names = {v: re.sub(r"\W", "_", name).strip("_") or "value" for v, name in titles.items()}
@@ -246,7 +246,7 @@ class _Case:
         return self.indices.setdefault(exact(tensor, self.place), f"places_{len(self.indices)}_")
 
     def _device(self, value: int) -> str:
-        return self.place or self.graph.values[value].device
+        return self.place or self.graph.value(value).device
 
     def _operation(self) -> str:
         op, (called, args, kwargs) = self.op, self.op.call
@@ -263,7 +263,7 @@ class _Case:
             while names[value] in {"torch", *self.code.names, *keyword.kwlist, *others}:
                 names[value] += "_"
         if self.on_base:
-            whole, view = self.graph.values[op.base], self.graph.values[op.inputs[0][1]]
+            whole, view = self.graph.value(op.base), self.graph.value(op.inputs[0][1])
             place = f"{view.shape}, {view.strides}, {view.offset - whole.offset}"
             before = f"    view = {names[op.base]}.as_strided({place})\n"
             names, after = names | {view.index: "view"}, f"\n    return {names[op.base]}"
@@ -295,11 +295,11 @@ class _Case:
         """way: autograd in the tensors' `own` types and numbers in float64; both in `float64`; both `narrow`."""
         op, wrong, values = self.op, self.wrong, list(self.tensors)
         narrow = way == "narrow"
-        types_ = {self.graph.values[v].dtype for o in self.family for v in (*o.outputs, *(v for _, v in o.inputs))}
+        types_ = {self.graph.value(v).dtype for o in self.family for v in (*o.outputs, *(v for _, v in o.inputs))}
         coarse = max((t for t in types_ if t.is_floating_point or t.is_complex), key=lambda t: torch.finfo(t).eps)
         trained = {v for (_, v), edge in zip(op.inputs, op.edges, strict=False) if edge} | {wrong.value}
         element = wrong.element if wrong.element is not None else (0,) * self.tensors[wrong.value].dim()
-        laid_out = any(self.graph.values[v].held is not None for v in op.outputs)
+        laid_out = any(self.graph.value(v).held is not None for v in op.outputs)
         given = [(write(t, self._device(v)), self.names[v]) for v, t in self.tensors.items()]
         outputs = [*op.outputs, *[wrong.value] * len(self.into)]  # there may be more gradients than outputs
         arriving = [g if g is None else write(g, self._device(v)) for v, g in zip(outputs, self.into, strict=False)]
@@ -352,11 +352,12 @@ class _Case:
 
     def _changed(self) -> str:
         """What changed memory of its own before its backward ran; "" if nothing is known to have."""
-        graph, calls = self.graph, self.graph.backwards
-        until = calls[self.backward].after_op if self.backward < len(calls) else len(graph.ops)
-        memory = {graph.values[v].storage for o in self.family for v in (*o.outputs, *(v for _, v in o.inputs))}
-        for other in graph.ops[self.op.index + 1 : until]:
-            changed = [v for v in other.mutates if graph.values[v].storage in memory and other not in self.family]
+        graph = self.graph
+        call = next((call for call in graph.backwards if call.index == self.backward), None)
+        until = None if call is None else call.after_op
+        memory = {graph.value(v).storage for o in self.family for v in (*o.outputs, *(v for _, v in o.inputs))}
+        for other in graph.ops_between(self.op.index + 1, until):
+            changed = [v for v in other.mutates if graph.value(v).storage in memory and other not in self.family]
             if changed:
                 return f"{other.label} at {other.source} changed memory that it uses ({graph.title(changed[0])})"
         return ""

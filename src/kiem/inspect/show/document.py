@@ -124,7 +124,7 @@ def _by_argument(graph: Graph, step: Any) -> list[int]:
     if step.op is None:
         return positions
     order, left = [], list(positions)
-    for edge in graph.ops[step.op].edges:
+    for edge in graph.op(step.op).edges:
         match = next((i for i in left if step.edges[i] == edge), None)
         if match is not None:
             left.remove(match)

@@ -60,7 +60,7 @@ def print_summary(graph: Graph, console: Console) -> None:
         if count > MOST_CALLS:
             say("", f"… {count_text(count - MOST_CALLS, 'more backward call')} from {line}")
     for repeat in graph.repeats:
-        first, last = graph.ops[repeat.first], graph.ops[repeat.last]
+        first, last = graph.op(repeat.first), graph.op(repeat.last)
         say("folded", f": operations {repeat.first} to {repeat.last} ran {repeat.times} times, shown once  "
                       f"{first.source} to {last.source}")  # fmt: skip
     for note in graph.notes:
@@ -76,7 +76,7 @@ def print_operations(graph: Graph, console: Console, everything: bool = False) -
     say = Say(console)
     if everything or len(graph.ops) <= MOST_LINES:
         for op in graph.ops:
-            made = ", ".join(f"{graph.title(v)} {graph.values[v].describe()}" for v in op.outputs)
+            made = ", ".join(f"{graph.title(v)} {graph.value(v).describe()}" for v in op.outputs)
             given = ", ".join(graph.title(v) for _, v in op.inputs)
             marks = [op.region, "random" if op.random else "", "in place" if op.mutates else "", op.module,
                      "" if op.grad_enabled else "no_grad"]  # fmt: skip
@@ -130,7 +130,7 @@ def _backward_lines(graph: Graph, step: Step, i: int, arrives: str) -> Iterator[
     if step.leaf is not None:
         yield f"{i + 1:>4}  {graph.title(step.leaf)}", f": gradient {arrives}{hooked}"
         return
-    op = None if step.op is None else graph.ops[step.op]
+    op = None if step.op is None else graph.op(step.op)
     label = op.label if op else step.node.removeprefix("torch::autograd::")
     yield f"{i + 1:>4}  {label}", f": {arrives} arrives{hooked}  {op.module if op else ''}  {op.source if op else ''}"
     for position, argument, value in arguments(graph, step):

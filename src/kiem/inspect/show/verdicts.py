@@ -48,7 +48,7 @@ def headline(graph: Graph, result: Result) -> str:
     leaves = {v.value for _, v in result.parameters}
     what = f"{_count(len(checked), 'operation')}, {_count(len(leaves), 'parameter')} end to end"
     if result.wrong:
-        op = graph.ops[result.wrong[0].op]
+        op = graph.op(result.wrong[0].op)
         others = len({v.op for v in result.wrong}) - 1
         more = f", and {_count(others, 'other operation')}" if others else ""
         return f"Wrong: the gradient of {op.label} at {_place(op.source)}{more}. Checked: {what}."
@@ -91,7 +91,7 @@ def result_dict(graph: Graph, result: Result) -> dict[str, Any]:
     """
     operations = []
     for verdict in result.verdicts:
-        op = graph.ops[verdict.op]
+        op = graph.op(verdict.op)
         operations.append({
             "op": verdict.op, "backward": verdict.backward, "name": op.name, "label": op.label, "kind": op.kind,
             "module": op.module, "source": str(op.source),
@@ -126,7 +126,7 @@ def _input_dict(graph: Graph, verdict: InputVerdict) -> dict[str, Any]:
 
 def _first_wrong(graph: Graph, result: Result, write: _Writer) -> None:
     verdict = result.wrong[0]
-    op = graph.ops[verdict.op]
+    op = graph.op(verdict.op)
     where = f"{op.label} in {op.module} ({op.module_class})" if op.module else op.label
     rows = [("called at", _place(op.source)), ("", op.source.text)]
     if op.backward_source:
@@ -136,7 +136,7 @@ def _first_wrong(graph: Graph, result: Result, write: _Writer) -> None:
         rows += _wrong_input(graph, one)
     if len(wrong) > 3:
         rows.append(("", f"{len(wrong) - 3} more arguments are wrong"))
-    others = {v.op: graph.ops[v.op] for v in result.wrong if v.op != verdict.op}.values()
+    others = {v.op: graph.op(v.op) for v in result.wrong if v.op != verdict.op}.values()
     places = Counter(f"{op.label} at {_place(op.source)}" for op in others)
     rows += [("also wrong", f"{place}{_times(count)}") for place, count in list(places.items())[:5]]
     if len(places) > 5:
@@ -183,7 +183,7 @@ def _wrong_input(graph: Graph, wrong: InputVerdict) -> list[tuple[str, str]]:
 def _operations(graph: Graph, result: Result, write: _Writer) -> None:
     rows: dict[tuple[str, str], list[Verdict]] = {}
     for verdict in result.verdicts:
-        rows.setdefault((graph.ops[verdict.op].label, _checked_by(verdict)), []).append(verdict)
+        rows.setdefault((graph.op(verdict.op).label, _checked_by(verdict)), []).append(verdict)
     ordered = sorted(rows.items(), key=lambda row: (_rank(row[1]), row[0]))
     write.table(
         "\nOperations: the worst error and its bound, in units of precision",
@@ -234,7 +234,7 @@ def _parts(title: str) -> list[str]:
 
 def _remarks(graph: Graph, result: Result, write: _Writer) -> None:
     def place(verdict: Verdict) -> str:
-        return f"{graph.ops[verdict.op].label} at {_place(graph.ops[verdict.op].source)}"
+        return f"{graph.op(verdict.op).label} at {_place(graph.op(verdict.op).source)}"
 
     kinks = Counter(place(v) for v in result.verdicts if v.verdict == "kink")
     skipped = Counter(f"{place(v)}: {v.text}" for v in result.verdicts if v.verdict == "unchecked")

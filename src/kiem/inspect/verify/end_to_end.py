@@ -39,7 +39,7 @@ class _Whole:
     def __init__(self, graph, call, recorded, leaves, roots, start):
         self.graph, self.call, self.got, self.recorded = graph, call, leaves, recorded
         # What ran under no_grad is a constant.
-        ran = (op for op in graph.ops[start : call.after_op] if op.grad_enabled or op.parent is not None)
+        ran = (op for op in graph.ops_between(start, call.after_op) if op.grad_enabled or op.parent is not None)
         self.ops = leading_to(graph, ran, call.roots)
         families = {op.parent for op in self.ops}
         for op in self.ops:
@@ -61,7 +61,7 @@ class _Whole:
         self.changes = any(op.mutates for op in self.ops)
         self.cotangents = self._cotangents(roots)
         self.random = Random(call.index)
-        types = {graph.values[v].dtype for op in self.ops for v in op.outputs}
+        types = {graph.value(v).dtype for op in self.ops for v in op.outputs}
         units = [torch.finfo(t).eps for t in types if t.is_floating_point or t.is_complex]
         self.unit = max([2.0**-52, *units, *(op.unit for op in self.ops)])
         self._reproduces()
@@ -89,7 +89,7 @@ class _Whole:
         with torch.no_grad():
             self.outputs = outputs = self.value({})
         for value, output in zip(self.call.roots, outputs, strict=True):
-            stats = self.graph.values[value].stats
+            stats = self.graph.value(value).stats
             norm = float(torch.linalg.vector_norm(output))
             if not abs(norm - stats.norm) <= self.unit * (1e4 + len(self.ops)) * max(norm, stats.norm):
                 raise CannotReplay(f"run again in float64 the loss is {norm:.6g}, in the program {stats.norm:.6g}")
@@ -149,11 +149,11 @@ class _Whole:
         total = sum(inner(reference[leaf], d) for leaf, d in directions.items())
         slack = 1e-6 * sum(abs(inner(reference[leaf], d)) for leaf, d in directions.items()) + 4 * joint.error
         certified = joint.low - slack <= total <= joint.high + slack
-        terms = max((size for op in self.ops for v in op.outputs for size in self.graph.values[v].shape), default=1)
+        terms = max((size for op in self.ops for v in op.outputs for size in self.graph.value(v).shape), default=1)
         meant = self._meant()
         results, notes, began = [], [], time.perf_counter()
         for leaf, first in self.first.items():
-            value = self.graph.values[leaf]
+            value = self.graph.value(leaf)
             name = self.graph.title(leaf)
             result = InputVerdict(name, leaf, "ok", value.dtype, shape=value.shape, reference="end to end, in float64")
             sums = 4 * terms**0.5  # in the type itself; where sums are kept in a finer one, what all operations round
@@ -201,13 +201,13 @@ class _Whole:
 
     def _meant(self) -> dict[int, str]:
         """Leaves whose gradient is not meant to be the derivative: a hook is on its way, or a Function that says so."""
-        values, steps = self.graph.values, {step.key: step for step in self.call.steps}
+        steps = {step.key: step for step in self.call.steps}
         found: dict[int, str] = {}
         for start in self.call.steps:
-            op = None if start.op is None else self.graph.ops[start.op]
+            op = None if start.op is None else self.graph.op(start.op)
             if start.changed_by_hook:
                 of = [start.leaf] if start.leaf is not None else op.outputs if op else ()
-                lines = [line for v in of for line in values[v].hooks]
+                lines = [line for v in of for line in self.graph.value(v).hooks]
                 what = f"a hook changes its gradient ({', '.join(lines) or f'on {start.node}'})"
             elif op is not None and surrogate(op):
                 what = f"{op.name} at {op.source} says that its backward is no derivative"
@@ -228,23 +228,23 @@ class _Whole:
 
     def _made(self, value: int) -> Op | None:
         """What made a tensor, or the one that it is a view of."""
-        known, ops = self.graph.values[value], self.graph.ops
-        while known.producer is not None and ops[known.producer].label != "detach" and known.base is not None:
-            known = self.graph.values[known.base]
-        return None if known.producer is None else ops[known.producer]
+        known, op = self.graph.value(value), self.graph.op
+        while known.producer is not None and op(known.producer).label != "detach" and known.base is not None:
+            known = self.graph.value(known.base)
+        return None if known.producer is None else op(known.producer)
 
     def _cut(self) -> list[str]:
         """Where tensors with a gradient also reach the loss without one: a choice, so said and not judged."""
-        values, found = self.graph.values, {}
+        known, found = self.graph.value, {}
         for op in self.ops:
             for _, v in op.inputs if op.parent is None else ():
                 made = self._made(v)
                 cuts = made is not None and made.label == "detach" and made.parent is None and made.region != "backward"
-                if cuts and values[made.inputs[0][1]].requires_grad:
+                if cuts and known(made.inputs[0][1]).requires_grad:
                     found[made.inputs[0][1], made.source] = "detached"
-                base = values[v].base
-                apart = values[v].producer is None and base is not None and values[v].storage == values[base].storage
-                if apart and values[base].requires_grad and not values[v].requires_grad:
+                base = known(v).base
+                apart = known(v).producer is None and base is not None and known(v).storage == known(base).storage
+                if apart and known(base).requires_grad and not known(v).requires_grad:
                     found[base, op.source] = "read as .data"
         title = self.graph.title
         notes = [f"{title(v)} is also used without gradient: {how} at {at}" for (v, at), how in found.items()]

@@ -64,7 +64,7 @@ class Function:
             function, args, _ = self.op.call
             return list(flatten(function.apply(*with_tensors(args, self.recorded | given, wide=False))))
         if self.on_base:
-            whole, view = self.graph.values[self.op.base], self.graph.values[self.op.inputs[0][1]]
+            whole, view = self.graph.value(self.op.base), self.graph.value(self.op.inputs[0][1])
             base = given[self.op.base]
             given[self.op.inputs[0][1]] = base.as_strided(view.shape, view.strides, view.offset - whole.offset)
             self._replay.run(given, None)
@@ -74,7 +74,7 @@ class Function:
 
     def _output(self, value: int, tensors: Tensors) -> Tensor:
         """An output; one that is there for torch's backward only and is not given again, as zeros."""
-        known = self.graph.values[value]
+        known = self.graph.value(value)
         if value not in tensors and not (known.dtype.is_floating_point or known.dtype.is_complex):
             return torch.zeros(known.shape, dtype=known.dtype)
         return self._replay.find(value, tensors)
@@ -94,7 +94,7 @@ def surrogate(op: Op) -> bool:
 def inside(graph: Graph, op: Op):
     """The operations that ran inside a custom Function."""
     family = {op.index}
-    for other in graph.ops[op.index + 1 :]:
+    for other in graph.ops_between(op.index + 1):
         if other.parent in family:
             family.add(other.index)
             yield other
@@ -184,7 +184,7 @@ class _Check:
     def _reproduces(self) -> None:
         """Running it again must give what it gave, or what follows would be about another function."""
         for value, output in zip(self.op.outputs, self.outputs, strict=False):
-            stats = None if self.on_base else self.graph.values[value].stats
+            stats = None if self.on_base else self.graph.value(value).stats
             if stats is None or not output.is_floating_point() or stats.nonfinite:
                 continue
             norm = float(torch.linalg.vector_norm(output.detach()))
@@ -195,9 +195,7 @@ class _Check:
     def _unit(self) -> float:
         """The coarsest precision in which it computed."""
         family = self.function.ops if self.op.kind != "op" else [self.op]
-        types = {
-            self.graph.values[v].dtype for o in [self.op, *family] for v in (*o.outputs, *(v for _, v in o.inputs))
-        }
+        types = {self.graph.value(v).dtype for o in [self.op, *family] for v in (*o.outputs, *(v for _, v in o.inputs))}
         units = [torch.finfo(t).eps for t in types if t.is_floating_point or t.is_complex]
         return max([2**-52, *units, *(o.unit for o in family)])
 
@@ -293,8 +291,8 @@ class _Check:
         """A view that shows no element twice: elements are moved, nothing is computed, nothing rounded."""
         if self.op.kind != "op" or self.op.mutates or self.op.random:
             return False
-        values = self.graph.values
-        return all((b := values[v].base) is not None and values[v].numel <= values[b].numel for v in self.op.outputs)
+        value = self.graph.value
+        return all((b := value(v).base) is not None and value(v).numel <= value(b).numel for v in self.op.outputs)
 
     # -- verdicts ------------------------------------------------------------------------------------------------------
 
@@ -344,7 +342,7 @@ class _Check:
 
     def _one(self, value: int, reference: Tensor | None, moved: Tensor | None) -> InputVerdict:
         result = InputVerdict(
-            self.names[value], value, "ok", self.graph.values[value].dtype, shape=tuple(self.inputs[value].shape)
+            self.names[value], value, "ok", self.graph.value(value).dtype, shape=tuple(self.inputs[value].shape)
         )
         if reference is not None:
             inside = "the operations inside, by torch" if self.op.kind != "op" else "torch, in float64"

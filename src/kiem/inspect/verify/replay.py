@@ -153,17 +153,17 @@ def _random(op: Op, tensors: Tensors, recorded: Tensors) -> tuple[torch.Tensor |
 def leading_to(graph: Graph, ops: Iterable[Op], values: Iterable[int]) -> list[Op]:
     """Those of the operations that the values depend on: what wrote memory that a needed operation read."""
     values = list(values)
-    storages = {graph.values[v].storage for v in values}
+    storages = {graph.value(v).storage for v in values}
     families: set[int] = set()
     chosen: list[Op] = []
     for op in reversed(list(ops)):
-        made = {graph.values[v].storage for v in (*op.outputs, *op.mutates)}
+        made = {graph.value(v).storage for v in (*op.outputs, *op.mutates)}
         if op.error or op.call is None or not (made & storages or op.index in families or op.parent in families):
             continue
         if op.kind != "op" or op.parent is not None:
             families.add(op.index if op.kind != "op" else op.parent)
         chosen.append(op)
-        storages |= {graph.values[v].storage for _, v in op.inputs}
+        storages |= {graph.value(v).storage for _, v in op.inputs}
     return list(_without_idle_views(graph, chosen, values))[::-1]
 
 
@@ -172,11 +172,11 @@ def _without_idle_views(graph: Graph, backwards: list[Op], values: Iterable[int]
     at."""
     read = set(values)
     for op in backwards:
-        views = all(graph.values[v].base is not None for v in op.outputs)
+        views = all(graph.value(v).base is not None for v in op.outputs)
         if op.kind == "op" and op.parent is None and not op.mutates and views and read.isdisjoint(op.outputs):
             continue
         for _, v in op.inputs:
-            read |= {v, graph.values[v].base}  # through which it may be found
+            read |= {v, graph.value(v).base}  # through which it may be found
         yield op
 
 
@@ -230,7 +230,7 @@ class Replay:
                     if (
                         noise is not None
                         and op.label.rstrip("_") not in COMPARING
-                        and self.graph.values[value].base is None
+                        and self.graph.value(value).base is None
                     ):
                         output = noise(output)
                     tensors[value] = output
@@ -238,19 +238,19 @@ class Replay:
 
     def _blank(self, index: int) -> torch.Tensor:
         """In place of a tensor of which nothing is left to read."""
-        value = self.graph.values[index]
+        value = self.graph.value(index)
         blank = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
         return widen(blank) if self.wide else blank
 
     def _alone(self, value: int, op: int) -> bool:
         """Whether there was no view of this memory yet."""
-        return self._viewed.get(self.graph.values[value].storage, op) >= op
+        return self._viewed.get(self.graph.value(value).storage, op) >= op
 
     def _find(self, index: int, tensors: Tensors) -> torch.Tensor:
         """A value that no operation of this replay made: seen through an alias, handed out by a custom Function, or
         from outside."""
-        value = self.graph.values[index]
-        producer = None if value.producer is None else self.graph.ops[value.producer]
+        value = self.graph.value(index)
+        producer = None if value.producer is None else self.graph.op(value.producer)
         if producer is not None and producer.kind != "op":
             for other in reversed(self.graph.values[:index]):
                 if other.index in tensors and (other.storage, other.version, other.shape, other.offset) == (
@@ -264,7 +264,7 @@ class Replay:
             writer = next((v for v in producer.mutates if self._alone(v, producer.index)), None)
             if writer in tensors and tensors[writer].shape == value.shape:
                 return tensors[writer]
-            if self.graph.values[value.base].shape == value.shape:
+            if self.graph.value(value.base).shape == value.shape:
                 return self.find(value.base, tensors)
         if index not in self.recorded:
             raise CannotReplay(f"its input %{index} was not kept")

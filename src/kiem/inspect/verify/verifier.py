@@ -117,7 +117,7 @@ class Verifier:
         self._done.add(op.index)
         verdict = check_safely(recorder.graph, call, op, step, recorder.kept.tensors, into, out)
         if verdict.verdict == "wrong" and op.kind == "function" and (inner := self._wrong_inside(call)) is not None:
-            name, place = recorder.graph.ops[inner.op].label, recorder.graph.ops[inner.op].source
+            name, place = recorder.graph.op(inner.op).label, recorder.graph.op(inner.op).source
             verdict.verdict, verdict.text = "unchecked", f"its backward runs that of {name} at {place}, which is wrong"
         self.result.verdicts.append(verdict)
         self._count, self._wrong = self._count + 1, self._wrong + (verdict.verdict == "wrong")
@@ -125,7 +125,7 @@ class Verifier:
             self._told(f"verifying: backward call {self._calls + 1:,}, {self._count:,} operations checked, "
                        f"{self._wrong} wrong")  # fmt: skip
         self._since[call.index] = len(self.result.verdicts)
-        sources = {recorder.graph.ops[case.verdict.op].source for case in self.result.cases}
+        sources = {recorder.graph.op(case.verdict.op).source for case in self.result.cases}
         if verdict.verdict == "wrong" and len(sources) < CASES and op.source not in sources:
             held = recorder.kept.tensors
             inputs = {v: held[v].clone() for v in {v for _, v in op.inputs} if v in held}
