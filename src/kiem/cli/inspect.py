@@ -179,7 +179,9 @@ def _print_trace(
 
 def _compared(program: Any, quiet: bool) -> Any:
     """A model's ways of computing, held against one another; None for other programs."""
-    if program.model is None:
+    from kiem.model_checks.targets import ModelProgram
+
+    if not isinstance(program, ModelProgram):
         return None
     from kiem.model_checks.compare import compare
 

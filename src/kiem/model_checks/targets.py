@@ -7,25 +7,18 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib
-import inspect
 import os
 import re
-import runpy
-import sys
-import sysconfig
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kiem.errors import CheckpointError, ConfigError, DataError
+from kiem.inspect.program import Program, function, script
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from kiem.config.run import RunConfig
     from kiem.data.loader import Batch
@@ -36,27 +29,14 @@ PYTHON, CONFIG = {".py", ".pyw"}, {".json", ".jsonc", ".json5", ".yaml", ".yml",
 MOST_TOKENS = 128  # of the random text that a model without a run is shown
 
 
-@dataclass
-class Program:
-    """Something to run once under a recorder. title: for people. library: path prefixes of code that is not the user's.
-    model, loss, documents_apart: of Kiem's own models; `loss()` makes the loss of the same batch with the same dropout
-    anew. namespace: the names of the program after `run` (also after one that failed)."""
+@dataclass(kw_only=True)
+class ModelProgram(Program):
+    """One of Kiem's own models, forward and backward. `loss()` makes the loss of the same batch with the same dropout
+    anew."""
 
-    title: str
-    start: Callable[[], dict[str, Any]] = field(repr=False)
-    library: tuple[str, ...] = ()
-    model: nn.Module | None = field(default=None, repr=False)
-    loss: Callable[[], Tensor] | None = field(default=None, repr=False)
-    documents_apart: bool = True
-    namespace: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    def run(self) -> None:
-        """Run it: a model forward and backward. What the program raises passes through."""
-        try:
-            self.namespace = self.start()
-        except BaseException as error:
-            self.namespace = _names_at_failure(error, self.title)
-            raise
+    model: Transformer = field(repr=False)
+    loss: Callable[[], Tensor] = field(repr=False)
+    documents_apart: bool
 
 
 def load_program(target: str, arguments: Sequence[str] = ()) -> Program:
@@ -70,11 +50,11 @@ def load_program(target: str, arguments: Sequence[str] = ()) -> Program:
         return _run_folder(path)
     if os.path.exists(path):
         if _is_script(path):
-            return _script(path, arguments)
+            return script(path, arguments)
         _no_arguments(target, arguments)
         return _configured(target)
     if re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", target) and not target.partition(":")[0].endswith(".py"):
-        return _function(*target.split(":"), arguments)
+        return function(target, arguments)
     return _preset(target, arguments)
 
 
@@ -144,161 +124,6 @@ def _is_script(path: Path) -> bool:
 def _only_a_dict(tree: ast.Module) -> bool:
     """A configuration that is written as Python: `NAME = {...}` and nothing else."""
     return len(tree.body) == 1 and isinstance(getattr(tree.body[0], "value", None), ast.Dict)
-
-
-def _script(path: Path, arguments: list[str]) -> Program:
-    file, place = str(path), _Place(str(path.resolve().parent), [str(path), *arguments])
-
-    def start() -> dict[str, Any]:
-        with place.entered():
-            try:
-                return runpy.run_path(file, run_name="__main__")
-            except SystemExit as end:
-                if end.code not in (None, 0):
-                    raise
-                return _names_at_failure(end, file)
-
-    return Program(file, start)
-
-
-def _names_at_failure(error: BaseException, file: str) -> dict[str, Any]:
-    """The globals of the file that an exception left."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_filename == file and frame.f_code.co_name == "<module>":
-            return dict(frame.f_globals)
-    return {}
-
-
-@dataclass
-class _Place:
-    """Where a program runs: its folder is on sys.path, sys.argv is its own. Afterwards the process is as before, and
-    modules from the folder are forgotten (another program may have others of the same name)."""
-
-    folder: str
-    argv: list[str]
-    modules: dict[str, ModuleType] = field(default_factory=dict)
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        path, before, argv, main = sys.path, list(sys.path), sys.argv, sys.modules.get("__main__")
-        known, folder = set(sys.modules), os.getcwd()
-        sys.path.insert(0, self.folder)
-        sys.argv = list(self.argv)
-        sys.modules.update(self.modules)
-        importlib.invalidate_caches()
-        try:
-            yield
-        finally:
-            sys.path, sys.argv = path, argv
-            path[:] = before
-            with suppress(OSError):
-                os.chdir(folder)
-            for name in [name for name in sys.modules if name not in known and self._own(sys.modules[name])]:
-                self.modules[name] = sys.modules.pop(name)
-            if main is not None:
-                sys.modules["__main__"] = main
-
-    def _own(self, module: ModuleType) -> bool:
-        file = getattr(module, "__file__", None)
-        libraries = (sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
-        others = [os.path.realpath(place) for place in (*libraries, Path(__file__).parents[1])]
-        return file is not None and _below(file, self.folder) and not any(_below(file, other) for other in others)
-
-
-def _below(file: str, folder: str) -> bool:
-    return os.path.realpath(file).startswith(os.path.join(os.path.realpath(folder), ""))
-
-
-# ---- a function
-
-
-def _function(module_name: str, name: str, arguments: list[str]) -> Program:
-    target, place = f"{module_name}:{name}", _Place(os.getcwd(), sys.argv)
-    with place.entered():
-        module = _imported(module_name)
-    function = getattr(module, name, None)
-    if not callable(function):
-        own = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        close = difflib.get_close_matches(name, own, n=1)
-        hint = f"did you mean {module_name}:{close[0]}?" if close else f"its functions: {', '.join(own) or 'none'}"
-        what = "is no function" if hasattr(module, name) else "does not exist"
-        raise ConfigError(f"{target}: {name} {what} in {getattr(module, '__file__', None) or module_name}: {hint}")
-    with suppress(ValueError):  # no signature to look at
-        signature = inspect.signature(function)
-        try:
-            signature.bind(*arguments)
-        except TypeError as error:
-            raise ConfigError(
-                f"{target}: {name}{signature} cannot be called with {len(arguments)} arguments: {error}. "
-                f"Give them after the target, or name a function that needs none"
-            ) from None
-
-    def start() -> dict[str, Any]:
-        with place.entered():
-            result = function(*arguments)
-            if _waits_for_backward(result):
-                result.backward()
-        return {**getattr(function, "__globals__", {}), "result": result}
-
-    return Program(target, start)
-
-
-def _imported(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise ConfigError(
-                f"{name}: there is no module {error.name} in {os.getcwd()} or among the installed "
-                "packages: run from the folder it is in, or install it"
-            ) from None
-        raise _not_importable(name, error) from error
-    except (Exception, SystemExit) as error:
-        raise _not_importable(name, error) from error
-
-
-def _not_importable(name: str, error: BaseException) -> ConfigError:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
-    inside = [
-        f
-        for f in frames
-        if not _below(f.filename, str(Path(__file__).parent))
-        and not _below(f.filename, os.path.dirname(importlib.__file__))
-    ]
-    at = f" at {inside[-1].filename}:{inside[-1].lineno}" if inside else ""
-    kind = "it ends the process (SystemExit)" if isinstance(error, SystemExit) else type(error).__name__
-    return ConfigError(f"{name}: the module does not import: {kind}: {error}{at}: mend it, or name another module")
-
-
-def _waits_for_backward(result: Any) -> bool:
-    """Whether it is a scalar whose graph no backward pass has been through."""
-    import torch
-
-    if not isinstance(result, torch.Tensor) or result.numel() != 1 or not result.requires_grad:
-        return False
-    if result.grad_fn is None:
-        return result.grad is None
-    seen, waiting = {result.grad_fn}, [result.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        leaf = getattr(node, "variable", None)
-        if (leaf is not None and leaf.grad is not None) or _freed(node):
-            return False
-        new = {other for other, _ in node.next_functions if other is not None} - seen
-        seen |= new
-        waiting += new
-    return True
-
-
-def _freed(node: Any) -> bool:
-    """Whether a backward pass has freed what an autograd node had saved."""
-    try:
-        for name in dir(node):
-            if name == "saved_tensors" or name.startswith("_saved_"):
-                getattr(node, name, None)
-    except RuntimeError as error:
-        return "freed" in str(error)
-    return False
 
 
 # ---- a model
@@ -390,7 +215,7 @@ def _model(config: RunConfig) -> Transformer:
     return Transformer(config.model, dtype, config.train.activation_checkpointing)
 
 
-def _of_model(title: str, model: Transformer, config: RunConfig, batch: Batch) -> Program:
+def _of_model(title: str, model: Transformer, config: RunConfig, batch: Batch) -> ModelProgram:
     import torch
 
     from kiem.runtime import seed_everything, select_device
@@ -411,4 +236,4 @@ def _of_model(title: str, model: Transformer, config: RunConfig, batch: Batch) -
         return {"model": model, "loss": result, "batch": batch}
 
     apart = not config.data.cross_document_attention
-    return Program(title, start, model=model, loss=loss, documents_apart=apart)
+    return ModelProgram(title, start, model=model, loss=loss, documents_apart=apart)
