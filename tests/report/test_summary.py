@@ -96,7 +96,8 @@ def test_what_only_the_data_knows_is_kept_when_the_report_is_written_again(make_
 
 def test_a_run_that_is_still_going(make_run, records):
     folder = make_run(metrics=records.whole[:3])
-    (folder / "metrics.jsonl").open("a").write('{"kind": "step", "step": 3, "tok')
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "step": 3, "tok')
     report = write(folder)
     assert (report["status"], report["reason"], report["ended_at"], report["step"]) == ("unfinished", None, None, 2)
     assert report["loss"] is None and report["compression"]["text_bytes"] is None and report["problems"] == []

@@ -116,7 +116,8 @@ def test_truncate_keeps_what_belongs_to_the_checkpoint(tmp_path):
             if step == 3:
                 log.write("eval", step=step)
                 log.write("save", step=step)
-        path.open("ab").write(b'not json\n{"kind": "step", "st')
+        with path.open("ab") as file:
+            file.write(b'not json\n{"kind": "step", "st')
         log.truncate(3)
         log.write("start", step=3, tokens=0)
         assert [(r["kind"], r["step"]) for r in read_metrics(path)] == [
