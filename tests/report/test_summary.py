@@ -184,7 +184,7 @@ def test_a_write_that_fails_leaves_the_old_report(make_run, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"report\.json cannot be written: No space left"):
+    with pytest.raises(StorageError, match=r"report\.json: No space left"):
         write(folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
