@@ -75,13 +75,17 @@ NEAR_ALIASES = {
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its dotted path, what kind of value it takes, and the words that say which values are allowed."""
+    """One key: its dotted path, the type of its value, the words that say which values are allowed, and its kind.
+
+    kind: "identity" or "execution" (config/run.py); None for a section whose keys are of both kinds.
+    """
 
     path: str
-    kind: Literal["int", "float", "bool", "text", "list", "section"]
+    type: Literal["int", "float", "bool", "text", "list", "section"]
     optional: bool
     allowed: str
     description: str
+    kind: Literal["identity", "execution"] | None
 
 
 @cache
@@ -90,6 +94,30 @@ def schema() -> dict[str, Key]:
     found: dict[str, Key] = {}
     _collect(RunConfig, "", found)
     return found
+
+
+def kind(path: str) -> Literal["identity", "execution"]:
+    """What changing a key does to a run: "identity", it is another run; "execution", it is the same run otherwise.
+
+    path: dotted, of a value (not of a section). Raises KeyError for an unknown key.
+    """
+    found = schema()[path].kind
+    if found is None:
+        raise KeyError(path)
+    return found
+
+
+@cache
+def execution_keys() -> frozenset[str]:
+    """The dotted paths of all values that may change when a run is resumed."""
+    return frozenset(path for path, key in schema().items() if key.type != "section" and key.kind == "execution")
+
+
+@cache
+def identity_keys() -> frozenset[str]:
+    """The dotted paths of all values that make a run the run it is. train.tokens is one, as the schedule depends on it;
+    making a run longer is an operation of its own."""
+    return frozenset(path for path, key in schema().items() if key.type != "section" and key.kind == "identity")
 
 
 @cache
@@ -155,14 +183,15 @@ def _closest(name: str, names: Iterable[str]) -> str | None:
     return close[0] if close else None
 
 
-def _collect(schema: type[BaseModel], prefix: str, found: dict[str, Key]) -> None:
+def _collect(schema: type[BaseModel], prefix: str, found: dict[str, Key], section_kind: Any = None) -> None:
     for name, field in schema.model_fields.items():
         inner, optional = _without_none(field.annotation)
-        kind = _kind(inner)
-        path = prefix + name
-        found[path] = Key(path, kind, optional, _allowed(kind, inner, field), field.description or "")
-        if kind == "section":
-            _collect(inner, f"{path}.", found)
+        type_, path = _type(inner), prefix + name
+        extra = field.json_schema_extra
+        kind = extra.get("kind", section_kind) if isinstance(extra, dict) else section_kind
+        found[path] = Key(path, type_, optional, _allowed(type_, inner, field), field.description or "", kind)
+        if type_ == "section":
+            _collect(inner, f"{path}.", found, kind)
 
 
 def _without_none(annotation: Any) -> tuple[Any, bool]:
@@ -172,7 +201,7 @@ def _without_none(annotation: Any) -> tuple[Any, bool]:
     return annotation, False
 
 
-def _kind(annotation: Any) -> Literal["int", "float", "bool", "text", "list", "section"]:
+def _type(annotation: Any) -> Literal["int", "float", "bool", "text", "list", "section"]:
     if get_origin(annotation) is list:
         return "list"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -180,12 +209,12 @@ def _kind(annotation: Any) -> Literal["int", "float", "bool", "text", "list", "s
     return {int: "int", float: "float", bool: "bool"}.get(annotation, "text")
 
 
-def _allowed(kind: str, annotation: Any, field: FieldInfo) -> str:
+def _allowed(type_: str, annotation: Any, field: FieldInfo) -> str:
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(str, get_args(annotation)))
-    if kind in ("int", "float"):
-        return ("a whole number" if kind == "int" else "a number") + _range(field)
-    return {"bool": "true or false", "list": "a list", "section": "a group of keys"}.get(kind, _text(field))
+    if type_ in ("int", "float"):
+        return ("a whole number" if type_ == "int" else "a number") + _range(field)
+    return {"bool": "true or false", "list": "a list", "section": "a group of keys"}.get(type_, _text(field))
 
 
 def _text(field: FieldInfo) -> str:

@@ -162,7 +162,7 @@ class Draft:
         if path == "model" and isinstance(value, str):
             self._model_preset(value, where)
             return
-        if key.kind == "section":
+        if key.type == "section":
             if isinstance(value, Mapping) and spoken:
                 self.values[path] = {}
                 for name, content in value.items():
@@ -174,9 +174,9 @@ class Draft:
                 )
             return
         value = _read_spoken(key, value) if spoken and isinstance(value, str) else value
-        if key.kind == "list":
+        if key.type == "list":
             value = self._sources(path, value, where)
-        elif key.kind == "int" and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        elif key.type == "int" and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             value = int(value)  # 1e6
         section, _, name = path.rpartition(".")
         group = self.values[section] if section else self.values
@@ -271,13 +271,13 @@ def _must(location: tuple, value: Any) -> str:
         known = names.source_keys().get(location[-1])
     if known is None:
         return "a source is a path, or a mapping with path, weight, text_key"
-    if known.kind == "list":
+    if known.type == "list":
         return "it takes a list of 1 to 1000 sources, each a path or a mapping with path, weight, text_key"
     hint = ""
-    if isinstance(value, str) and known.kind in ("int", "float"):
+    if isinstance(value, str) and known.type in ("int", "float"):
         number = _number_in(value)
         hint = f" (write {number} without quotes)" if number is not None else ""
-    elif isinstance(value, str) and known.kind == "bool" and value.lower() in ("true", "false"):
+    elif isinstance(value, str) and known.type == "bool" and value.lower() in ("true", "false"):
         hint = f" (write {value.lower()} without quotes)"
     elif known.allowed.startswith("one of") and isinstance(value, str) and known.path != "device":
         close = difflib.get_close_matches(value.lower(), known.allowed.removeprefix("one of ").split(", "), n=1)
@@ -299,13 +299,13 @@ def _read_spoken(key: names.Key, text: str) -> Any:
     """A value from the command line as the kind that its key takes; what cannot be read stays text, for the checks."""
     if key.optional and text.lower() in ("null", "none"):
         return _REMOVE
-    if key.kind == "bool":
+    if key.type == "bool":
         return {"true": True, "false": False}.get(text.lower(), text)
-    if key.kind == "int":
+    if key.type == "int":
         return count if (count := parse_count(text)) is not None else text
-    if key.kind == "float":
+    if key.type == "float":
         return number if (number := _number_in(text)) is not None else text
-    return parse_value(text) if key.kind == "list" else text
+    return parse_value(text) if key.type == "list" else text
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -1,13 +1,20 @@
 """The run configuration: which model, on which text, trained how.
 
 A field that is None is derived (config/presets.py) before the run starts; the run folder's `config.yaml` has no gaps.
+
+Every field is of one of two kinds, and its schema says which (`config/keys.py` reads it): *identity* decides what is
+learned, so that changing it makes another run; *execution* decides how, where and with which records the same thing is
+learned, and may change whenever a run is resumed. A section's mark holds for all of its fields.
 """
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from kiem.config.model import Config, ModelConfig
+
+IDENTITY: dict[str, JsonValue] = {"kind": "identity"}
+EXECUTION: dict[str, JsonValue] = {"kind": "execution"}
 
 
 class Source(Config):
@@ -49,43 +56,87 @@ class DataConfig(Config):
 class TrainConfig(Config):
     """The optimisation. Sizes are in tokens; learning rates are functions of tokens seen, never of steps."""
 
-    tokens: int | None = Field(None, ge=1, le=10**15, description="tokens to train on in all")
-    batch_tokens: int | None = Field(None, ge=2, le=10**9, description="tokens per update")
+    tokens: int | None = Field(
+        None, ge=1, le=10**15, description="tokens to train on in all", json_schema_extra=IDENTITY
+    )
+    batch_tokens: int | None = Field(None, ge=2, le=10**9, description="tokens per update", json_schema_extra=IDENTITY)
     micro_batch_tokens: int | None = Field(
-        None, ge=2, le=10**9, description="tokens per forward pass; the rest accumulates"
+        None,
+        ge=2,
+        le=10**9,
+        description="tokens per forward pass; the rest accumulates",
+        json_schema_extra=EXECUTION,
     )
-    optimizer: Literal["muon", "adamw"] = Field("muon", description="muon: Muon for matrices, AdamW for the rest")
-    lr: float | None = Field(None, gt=0.0, le=10.0, description="peak learning rate of AdamW")
+    optimizer: Literal["muon", "adamw"] = Field(
+        "muon", description="muon: Muon for matrices, AdamW for the rest", json_schema_extra=IDENTITY
+    )
+    lr: float | None = Field(
+        None, gt=0.0, le=10.0, description="peak learning rate of AdamW", json_schema_extra=IDENTITY
+    )
     matrix_lr: float | None = Field(
-        None, gt=0.0, le=10.0, description="peak learning rate of Muon; only with optimizer muon"
+        None,
+        gt=0.0,
+        le=10.0,
+        description="peak learning rate of Muon; only with optimizer muon",
+        json_schema_extra=IDENTITY,
     )
-    weight_decay: float | None = Field(None, ge=0.0, le=10.0, description="decoupled, on matrices only")
-    beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    beta2: float = Field(0.95, ge=0.0, lt=1.0)
-    max_grad_norm: float = Field(1.0, ge=0.0, le=1e6, description="clip the gradient's global norm to this; 0 is off")
-    warmup_tokens: int | None = Field(None, ge=0, description="linear rise of the learning rate from 0")
-    cooldown_tokens: int | None = Field(None, ge=0, description="fall of the learning rate at the end")
-    cooldown: Literal["none", "linear", "cosine"] = Field("linear", description="shape of the fall")
-    final_lr_fraction: float = Field(0.0, ge=0.0, le=1.0, description="of the peak learning rate, at the last token")
+    weight_decay: float | None = Field(
+        None, ge=0.0, le=10.0, description="decoupled, on matrices only", json_schema_extra=IDENTITY
+    )
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, json_schema_extra=IDENTITY)
+    beta2: float = Field(0.95, ge=0.0, lt=1.0, json_schema_extra=IDENTITY)
+    max_grad_norm: float = Field(
+        1.0, ge=0.0, le=1e6, description="clip the gradient's global norm to this; 0 is off", json_schema_extra=IDENTITY
+    )
+    warmup_tokens: int | None = Field(
+        None, ge=0, description="linear rise of the learning rate from 0", json_schema_extra=IDENTITY
+    )
+    cooldown_tokens: int | None = Field(
+        None, ge=0, description="fall of the learning rate at the end", json_schema_extra=IDENTITY
+    )
+    cooldown: Literal["none", "linear", "cosine"] = Field(
+        "linear", description="shape of the fall", json_schema_extra=IDENTITY
+    )
+    final_lr_fraction: float = Field(
+        0.0, ge=0.0, le=1.0, description="of the peak learning rate, at the last token", json_schema_extra=IDENTITY
+    )
     init: Literal["gpt2", "zero_output"] | None = Field(
         None,
         description="initial weights: as GPT-2, or blocks that begin as the identity; default zero_output with muon",
+        json_schema_extra=IDENTITY,
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the processor has it"
+        "auto",
+        description="auto: bfloat16 where the processor has it",
+        json_schema_extra=EXECUTION,
     )
-    compile: bool = Field(False, description="torch.compile the model: a start of seconds to minutes for a faster step")
+    compile: bool = Field(
+        False,
+        description="torch.compile the model: a start of seconds to minutes for a faster step",
+        json_schema_extra=EXECUTION,
+    )
     activation_checkpointing: bool = Field(
-        False, description="recompute each block in backward: less memory, more time"
+        False,
+        description="recompute each block in backward: less memory, more time",
+        json_schema_extra=EXECUTION,
     )
-    eval_every: int | None = Field(None, ge=1, description="steps between evaluations on held-out text")
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between evaluations on held-out text", json_schema_extra=EXECUTION
+    )
     eval_tokens: int | None = Field(
-        None, ge=1, description="at most so many held-out tokens in an evaluation on the way"
+        None,
+        ge=1,
+        description="at most so many held-out tokens in an evaluation on the way",
+        json_schema_extra=EXECUTION,
     )
-    sample_every: int | None = Field(None, ge=1, description="steps between samples")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, le=10_000, description="newest checkpoints that stay on disk")
-    tensorboard: bool = Field(False, description="also write TensorBoard files (needs kiem[tensorboard])")
+    sample_every: int | None = Field(None, ge=1, description="steps between samples", json_schema_extra=EXECUTION)
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints", json_schema_extra=EXECUTION)
+    keep_checkpoints: int = Field(
+        2, ge=1, le=10_000, description="newest checkpoints that stay on disk", json_schema_extra=EXECUTION
+    )
+    tensorboard: bool = Field(
+        False, description="also write TensorBoard files (needs kiem[tensorboard])", json_schema_extra=EXECUTION
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainConfig":
@@ -104,11 +155,22 @@ class RunConfig(Config):
     """Everything that decides a run. Two runs with equal RunConfig and equal text are equal bit for bit on one
     machine."""
 
-    model: ModelConfig | None = Field(None, description="the model; or use depth")
+    model: ModelConfig | None = Field(None, description="the model; or use depth", json_schema_extra=IDENTITY)
     depth: int | None = Field(
-        None, ge=1, le=128, description="the dial: layers of the default family; sets everything else"
+        None,
+        ge=1,
+        le=128,
+        description="the dial: layers of the default family; sets everything else",
+        json_schema_extra=IDENTITY,
     )
-    data: DataConfig = Field(default_factory=DataConfig)
+    data: DataConfig = Field(default_factory=DataConfig, json_schema_extra=IDENTITY)
     train: TrainConfig = Field(default_factory=TrainConfig)
-    seed: int = Field(0, ge=0, lt=2**63, description="of initial weights, data order, dropout and samples")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU if there is one")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of initial weights, data order, dropout and samples", json_schema_extra=IDENTITY
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto: a GPU if there is one",
+        json_schema_extra=EXECUTION,
+    )
