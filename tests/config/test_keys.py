@@ -15,12 +15,18 @@ def test_every_value_is_either_identity_or_execution():
 
 
 def test_execution_is_how_and_where_a_run_is_computed_and_what_it_writes():
-    assert keys.execution_keys() == {"device"} | {
-        f"train.{name}"
-        for name in (
-            "micro_batch_tokens precision compile activation_checkpointing eval_every eval_tokens sample_every "
-            "save_every keep_checkpoints tensorboard"
-        ).split()
+    assert keys.execution_keys() == {
+        "device",
+        "train.micro_batch_tokens",
+        "train.precision",
+        "train.compile",
+        "train.activation_checkpointing",
+        "train.eval_every",
+        "train.eval_tokens",
+        "train.sample_every",
+        "train.save_every",
+        "train.keep_checkpoints",
+        "train.tensorboard",
     }
 
 

@@ -189,7 +189,9 @@ def _collect(schema: type[BaseModel], prefix: str, found: dict[str, Key], sectio
         type_, path = _type(inner), prefix + name
         extra = field.json_schema_extra
         kind = extra.get("kind", section_kind) if isinstance(extra, dict) else section_kind
-        found[path] = Key(path, type_, optional, _allowed(type_, inner, field), field.description or "", kind)
+        found[path] = Key(
+            path, type_, optional or field.default is None, _allowed(type_, inner, field), field.description or "", kind
+        )
         if type_ == "section":
             _collect(inner, f"{path}.", found, kind)
 
@@ -206,7 +208,8 @@ def _type(annotation: Any) -> Literal["int", "float", "bool", "text", "list", "s
         return "list"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
-    return {int: "int", float: "float", bool: "bool"}.get(annotation, "text")
+    types_: dict[Any, Literal["int", "float", "bool"]] = {int: "int", float: "float", bool: "bool"}
+    return types_.get(annotation, "text")
 
 
 def _allowed(type_: str, annotation: Any, field: FieldInfo) -> str:

@@ -15,10 +15,23 @@ Activation = Literal["gelu_tanh", "gelu", "swiglu"]
 Position = Literal["learned", "rope"]
 
 
+# The default of a field that is derived: None until it is. The field is typed as what it then is, as that is what all
+# code behind the configuration works with.
+DERIVED: Any = None
+
+
 class Config(BaseModel):
-    """Frozen, and closed: an unknown key is an error."""
+    """Frozen, and closed: an unknown key is an error. Null stands for a default that is derived."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_derived(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        derived = {name for name, field in cls.model_fields.items() if field.default is None}
+        return {name: value for name, value in values.items() if value is not None or name not in derived}
 
 
 class ModelConfig(Config):
@@ -36,18 +49,18 @@ class ModelConfig(Config):
     )
     qkv_bias: bool = Field(False, description="bias on the query, key and value projections")
 
-    hidden_dim: int | None = Field(
-        None, ge=1, le=1_048_576, description="width inside the feed-forward; default 4 * emb_dim"
+    hidden_dim: int = Field(
+        DERIVED, ge=1, le=1_048_576, description="width inside the feed-forward; default 4 * emb_dim"
     )
-    n_kv_heads: int | None = Field(
-        None, ge=1, le=1_024, description="key and value heads (grouped-query); default n_heads"
-    )
-    head_dim: int | None = Field(None, ge=1, le=1_024, description="width of one head; default emb_dim / n_heads")
+    n_kv_heads: int = Field(DERIVED, ge=1, le=1_024, description="key and value heads (grouped-query); default n_heads")
+    head_dim: int = Field(DERIVED, ge=1, le=1_024, description="width of one head; default emb_dim / n_heads")
     norm: Norm = Field("layernorm", description="normalisation before each branch and at the end")
     norm_eps: float = Field(1e-5, gt=0.0, le=0.1, description="added to the variance inside the norm")
     activation: Activation = Field("gelu_tanh", description="swiglu has a gate matrix beside the up matrix")
     position: Position = Field("learned", description="learned position embeddings, or rotary (RoPE)")
-    rope_base: float | None = Field(None, gt=1.0, le=1e9, description="base of the rotary frequencies; default 10000")
+    rope_base: float = Field(
+        DERIVED, gt=1.0, le=1e9, description="base of the rotary frequencies; default 10000 with rope"
+    )
     qk_norm: bool = Field(False, description="RMSNorm on each head's queries and keys, before RoPE")
     bias: bool = Field(True, description="bias on the output and feed-forward projections")
     tie_embeddings: bool = Field(True, description="the output head is the token embedding")

@@ -1,6 +1,7 @@
 """The run configuration: which model, on which text, trained how.
 
-A field that is None is derived (config/presets.py) before the run starts; the run folder's `config.yaml` has no gaps.
+A field whose default is DERIVED is filled in (config/presets.py) before the run starts; the run folder's `config.yaml`
+has no gaps.
 
 Every field is of one of two kinds, and its schema says which (`config/keys.py` reads it): *identity* decides what is
 learned, so that changing it makes another run; *execution* decides how, where and with which records the same thing is
@@ -11,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from kiem.config.model import Config, ModelConfig
+from kiem.config.model import DERIVED, Config, ModelConfig
 
 IDENTITY: dict[str, JsonValue] = {"kind": "identity"}
 EXECUTION: dict[str, JsonValue] = {"kind": "execution"}
@@ -56,12 +57,10 @@ class DataConfig(Config):
 class TrainConfig(Config):
     """The optimisation. Sizes are in tokens; learning rates are functions of tokens seen, never of steps."""
 
-    tokens: int | None = Field(
-        None, ge=1, le=10**15, description="tokens to train on in all", json_schema_extra=IDENTITY
-    )
-    batch_tokens: int | None = Field(None, ge=2, le=10**9, description="tokens per update", json_schema_extra=IDENTITY)
-    micro_batch_tokens: int | None = Field(
-        None,
+    tokens: int = Field(DERIVED, ge=1, le=10**15, description="tokens to train on in all", json_schema_extra=IDENTITY)
+    batch_tokens: int = Field(DERIVED, ge=2, le=10**9, description="tokens per update", json_schema_extra=IDENTITY)
+    micro_batch_tokens: int = Field(
+        DERIVED,
         ge=2,
         le=10**9,
         description="tokens per forward pass; the rest accumulates",
@@ -70,29 +69,27 @@ class TrainConfig(Config):
     optimizer: Literal["muon", "adamw"] = Field(
         "muon", description="muon: Muon for matrices, AdamW for the rest", json_schema_extra=IDENTITY
     )
-    lr: float | None = Field(
-        None, gt=0.0, le=10.0, description="peak learning rate of AdamW", json_schema_extra=IDENTITY
-    )
-    matrix_lr: float | None = Field(
-        None,
+    lr: float = Field(DERIVED, gt=0.0, le=10.0, description="peak learning rate of AdamW", json_schema_extra=IDENTITY)
+    matrix_lr: float = Field(
+        DERIVED,
         gt=0.0,
         le=10.0,
         description="peak learning rate of Muon; only with optimizer muon",
         json_schema_extra=IDENTITY,
     )
-    weight_decay: float | None = Field(
-        None, ge=0.0, le=10.0, description="decoupled, on matrices only", json_schema_extra=IDENTITY
+    weight_decay: float = Field(
+        DERIVED, ge=0.0, le=10.0, description="decoupled, on matrices only", json_schema_extra=IDENTITY
     )
     beta1: float = Field(0.9, ge=0.0, lt=1.0, json_schema_extra=IDENTITY)
     beta2: float = Field(0.95, ge=0.0, lt=1.0, json_schema_extra=IDENTITY)
     max_grad_norm: float = Field(
         1.0, ge=0.0, le=1e6, description="clip the gradient's global norm to this; 0 is off", json_schema_extra=IDENTITY
     )
-    warmup_tokens: int | None = Field(
-        None, ge=0, description="linear rise of the learning rate from 0", json_schema_extra=IDENTITY
+    warmup_tokens: int = Field(
+        DERIVED, ge=0, description="linear rise of the learning rate from 0", json_schema_extra=IDENTITY
     )
-    cooldown_tokens: int | None = Field(
-        None, ge=0, description="fall of the learning rate at the end", json_schema_extra=IDENTITY
+    cooldown_tokens: int = Field(
+        DERIVED, ge=0, description="fall of the learning rate at the end", json_schema_extra=IDENTITY
     )
     cooldown: Literal["none", "linear", "cosine"] = Field(
         "linear", description="shape of the fall", json_schema_extra=IDENTITY
@@ -100,8 +97,8 @@ class TrainConfig(Config):
     final_lr_fraction: float = Field(
         0.0, ge=0.0, le=1.0, description="of the peak learning rate, at the last token", json_schema_extra=IDENTITY
     )
-    init: Literal["gpt2", "zero_output"] | None = Field(
-        None,
+    init: Literal["gpt2", "zero_output"] = Field(
+        DERIVED,
         description="initial weights: as GPT-2, or blocks that begin as the identity; default zero_output with muon",
         json_schema_extra=IDENTITY,
     )
@@ -120,17 +117,17 @@ class TrainConfig(Config):
         description="recompute each block in backward: less memory, more time",
         json_schema_extra=EXECUTION,
     )
-    eval_every: int | None = Field(
-        None, ge=1, description="steps between evaluations on held-out text", json_schema_extra=EXECUTION
+    eval_every: int = Field(
+        DERIVED, ge=1, description="steps between evaluations on held-out text", json_schema_extra=EXECUTION
     )
-    eval_tokens: int | None = Field(
-        None,
+    eval_tokens: int = Field(
+        DERIVED,
         ge=1,
         description="at most so many held-out tokens in an evaluation on the way",
         json_schema_extra=EXECUTION,
     )
-    sample_every: int | None = Field(None, ge=1, description="steps between samples", json_schema_extra=EXECUTION)
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints", json_schema_extra=EXECUTION)
+    sample_every: int = Field(DERIVED, ge=1, description="steps between samples", json_schema_extra=EXECUTION)
+    save_every: int = Field(DERIVED, ge=1, description="steps between checkpoints", json_schema_extra=EXECUTION)
     keep_checkpoints: int = Field(
         2, ge=1, le=10_000, description="newest checkpoints that stay on disk", json_schema_extra=EXECUTION
     )
@@ -155,7 +152,7 @@ class RunConfig(Config):
     """Everything that decides a run. Two runs with equal RunConfig and equal text are equal bit for bit on one
     machine."""
 
-    model: ModelConfig | None = Field(None, description="the model; or use depth", json_schema_extra=IDENTITY)
+    model: ModelConfig = Field(DERIVED, description="the model; or use depth", json_schema_extra=IDENTITY)
     depth: int | None = Field(
         None,
         ge=1,
