@@ -56,7 +56,8 @@ def explain(target, arguments, leaves, call, tensors, operations, backward, whol
 @click.option("--quiet", "-q", is_flag=True, help="No progress, and no program that shows what is wrong.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdicts as one JSON document.")
 def verify(target, arguments, eager, page, quiet, as_json) -> None:
-    """Prove the gradients of a PyTorch program, on its own data, device and types. Exit code 1 if one is wrong.
+    """Prove the gradients of a PyTorch program, on its own data, device and types. Exit code 1 if one is wrong
+    or not finite, 8 if nothing is wrong but not everything was checked.
 
     Every operation's gradient is held against a numeric derivative in float64 and an independent rule; then every
     parameter's, end to end. TARGET and arguments are those of `kiem explain`. For a model configuration, preset or run,
@@ -96,7 +97,8 @@ def verify(target, arguments, eager, page, quiet, as_json) -> None:
             print_rich(ComparisonReport(compared))
         if page:
             click.echo(f"page: {page}")
-    _end(trace, wrong=not verification.ok or (compared is not None and not compared.ok))
+    wrong = verification.ok is False or (compared is not None and not compared.ok)
+    _end(trace, 1 if wrong else 8 if verification.ok is None else 0)
 
 
 def _recorded(
@@ -196,13 +198,13 @@ def _on_stdout(show: Any) -> None:
     show(Console())
 
 
-def _end(trace: Any, wrong: bool = False) -> None:
-    """Exit code 1 for a program that failed or a gradient that is wrong."""
+def _end(trace: Any, code: int = 0) -> None:
+    """Exit with a code: 1 for a program that failed, whatever the code."""
     failure = trace.graph.failure
     if failure is not None:
         where = f"{failure.source}: " if failure.source else ""
         click.echo(f"{where}{failure.kind}: {failure.message}", err=True)
         if failure.explanation:
             click.echo(failure.explanation, err=True)
-    if failure is not None or wrong:
-        raise click.exceptions.Exit(1)
+    if failure is not None or code:
+        raise click.exceptions.Exit(1 if failure is not None else code)

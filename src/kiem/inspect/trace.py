@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kiem.errors import ConfigError
 from kiem.inspect.record.recorder import KEEP_BYTES, CompiledRecorder, Recorder
-from kiem.inspect.verify.verifier import Result, Verifier, verify_recorded
+from kiem.inspect.verify.verifier import Gap, Result, Verifier, verify_recorded
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +119,8 @@ class Trace:
         with self._recorder.pause():
             result = self._verifier.ended() if self._verifier else verify_recorded(self._recorder)
             result.notes += [note for note in self.graph.notes if note not in result.notes]
+            if self.graph.failure is not None and all(gap.kind != "program" for gap in result.gaps):
+                result.gaps.append(Gap("program", f"The program failed: {self.graph.failure.kind}"))
         return Verification(self.graph, result)
 
     def tensors(self) -> list[dict[str, Any]]:
@@ -178,8 +180,9 @@ class Verification:
         self._graph, self.result = graph, result
 
     @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong and something was checked."""
+    def ok(self) -> bool | None:
+        """True: every gradient was checked and is right; False: one is wrong or not finite; None: nothing was found
+        wrong, but not everything was checked."""
         return self.result.ok
 
     @property

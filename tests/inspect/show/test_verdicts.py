@@ -15,7 +15,7 @@ from kiem.inspect.graph.model import Graph, Op, Source, Value
 from kiem.inspect.record.recorder import Recorder
 from kiem.inspect.show.verdicts import headline, print_result, result_dict
 from kiem.inspect.verify.operation import InputVerdict, Verdict
-from kiem.inspect.verify.verifier import Result, Verifier
+from kiem.inspect.verify.verifier import Gap, Result, Verifier
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
 
@@ -128,15 +128,14 @@ def test_what_was_not_checked_is_in_the_headline():
     what = "1 operation, 1 parameter end to end"
     assert headline(graph, result) == f"Every gradient is right: {what}{end}"
     result.verdicts += [Verdict(0, "unchecked", "why"), Verdict(0, "unchecked", "why")]
-    could = "Every gradient that could be checked is right"
-    assert headline(graph, result) == f"{could}: {what} (not checked: 2 operations){end}"
-    result.notes = ["End to end not checked for the backward call at a.py:3: why"]
-    assert "(not checked: 2 operations, end to end of 1 backward call)" in headline(graph, result)
-    result.parameters, result.notes = [], [f"{n}: made by no recorded operation; not checked by itself" for n in "AB"]
-    assert headline(graph, result) == (
-        f"{could}: 1 operation, 0 parameters end to end (not checked: 2 operations, 2 kinds of backward nodes, "
-        f"end to end){end}"
-    )
+    assert headline(graph, result) == f"Incomplete: not checked: 2 operations. Nothing wrong was found in {what}{end}"
+    result.gaps = [Gap("end to end", "why")]
+    told = headline(graph, result)
+    assert told.startswith("Incomplete: not checked: 2 operations, end to end of 1 backward call. Nothing wrong")
+    result.parameters, result.gaps = [], [Gap("node", "A"), Gap("node", "B"), Gap("program", "KeyError")]
+    told = headline(graph, result)
+    assert "not checked: 2 operations, 2 kinds of backward nodes, end to end, what came after" in told
+    assert result.ok is None and "right" not in told
 
 
 def test_nodes_that_nothing_recorded_made_are_one_note():
@@ -175,7 +174,17 @@ def test_json():
     graph, result = made(units=float("inf"))
     made_ = result_dict(graph, result)
     assert json.loads(json.dumps(made_, allow_nan=False)) == made_
-    assert set(made_) == {"ok", "headline", "seconds", "counts", "first_wrong", "operations", "parameters", "notes"}
+    assert set(made_) == {
+        "verdict",
+        "ok",
+        "headline",
+        "seconds",
+        "counts",
+        "first_wrong",
+        "operations",
+        "parameters",
+        "notes",
+    }
     assert made_["ok"] is False and made_["first_wrong"] == 0 and made_["counts"] == {"wrong": 1}
     operation = made_["operations"][0]
     assert operation["source"] == "train.py:7" and operation["backward_source"] == "ops.py:31"

@@ -20,19 +20,20 @@ from kiem.inspect.verify.operation import InputVerdict, Verdict
 from kiem.inspect.verify.verifier import Result
 
 MOST_ROWS = 30  # of parameters, before they are folded by module
-ORDER = ("wrong", "unchecked", "hook", "kink", "ok", "zero")  # how bad, in a row of several
+ORDER = ("wrong", "nonfinite", "coarse", "unchecked", "hook", "kink", "ok", "zero")  # how bad, in a row of several
 NUMBERS = ("runs", "gradients", "error", "bound")
 MOST_UNITS = 1e12  # beyond it, units say nothing
 COARSE = 1e3  # units: a bound of a number without an element-wise reference is not a matter of rounding
 _PACKAGES = re.compile(r"[^\s(,'\"]*[\\/](?:site|dist)-packages[\\/]")
 _UNRECORDED = re.compile(r"(.+): made by no recorded operation; not checked by itself")
-STYLES = {"wrong": "bold red", "unchecked": "yellow", "ok": "green"}
+HEADLINES = {"right": "bold green", "wrong": "bold red", "incomplete": "bold yellow"}
+STYLES = {"nonfinite": "bold red", "coarse": "yellow", "wrong": "bold red", "unchecked": "yellow", "ok": "green"}
 
 
 def print_result(graph: Graph, result: Result, console: Console) -> None:
     """The headline, the first wrong operation, tables of operations and of parameters, and what was not checked."""
     write = _Writer(console)
-    write.line(headline(graph, result), "bold green" if result.ok else "bold red")
+    write.line(headline(graph, result), HEADLINES[result.verdict])
     if result.wrong:
         _first_wrong(graph, result, write)
     elif result.wrong_parameters:
@@ -59,28 +60,34 @@ def headline(graph: Graph, result: Result) -> str:
         return "Nothing was checked: no backward call reached an operation that could be."
     worst = max((i.units for v in checked for i in v.inputs if math.isfinite(i.units) and not _coarse(i)), default=0.0)
     end = f"; the largest error is {_units(worst)} times the precision."
-    if missing := _not_checked(result):
-        return f"Every gradient that could be checked is right: {what} (not checked: {', '.join(missing)}){end}"
+    if result.verdict == "incomplete":
+        return f"Incomplete: not checked: {', '.join(_not_checked(result))}. Nothing wrong was found in {what}{end}"
     return f"Every gradient is right: {what}{end}"
 
 
 def _not_checked(result: Result) -> list[str]:
     """What the verdict does not speak of, in short."""
+    kinds = Counter(gap.kind for gap in result.gaps)
     skipped = sum(v.verdict == "unchecked" for v in result.verdicts)
-    nodes = sum(_UNRECORDED.fullmatch(note) is not None for note in result.notes)
+    coarse = sum(v.verdict == "coarse" for v in (*result.verdicts, *(v for _, v in result.parameters)))
     found = [_count(skipped, "operation")] if skipped else []
-    found += [f"{_count(nodes, 'kind')} of backward nodes"] if nodes else []
-    found += ["what torch.func differentiates"] if any(n.startswith("What torch.func") for n in result.notes) else []
-    calls = sum(note.startswith("End to end not checked") for note in result.notes)
+    found += [f"too coarsely to tell: {_count(coarse, 'gradient')}"] if coarse else []
+    found += [f"{_count(kinds['node'], 'kind')} of backward nodes"] if kinds["node"] else []
+    found += ["what torch.func differentiates"] if kinds["transform"] else []
+    found += ["all steps of a loop"] if kinds["repeat"] else []
     if not result.parameters:
-        return [*found, "end to end"]
-    return [*found, f"end to end of {_count(calls, 'backward call')}"] if calls else found
+        found.append("end to end")
+    elif kinds["end to end"]:
+        found.append(f"end to end of {_count(kinds['end to end'], 'backward call')}")
+    return [*found, "what came after the program failed"] if kinds["program"] else found
 
 
 def result_dict(graph: Graph, result: Result) -> dict[str, Any]:
-    """For JSON. Numbers that are not finite are null; a verdict is one of ok, wrong, kink, zero, unchecked.
+    """For JSON. Numbers that are not finite are null; a verdict is one of ok, wrong, nonfinite, kink, zero,
+    coarse, unchecked.
 
-    `ok`, `headline`, `seconds` (of checking), `counts` (operations by verdict), `notes`, and
+    `verdict` (right, wrong, incomplete), `ok` (true, false, null), `headline`, `seconds` (of checking), `counts`
+    (operations by verdict), `notes`, and
     `operations`: per operation and backward call `op, backward, name, label, kind, module, source, backward_source,
     verdict, text, closed_form, checked_by, inputs`; `first_wrong` is the index of one of them, or null;
     `parameters`: per leaf and backward call, `backward` and the keys of an input.
@@ -100,6 +107,7 @@ def result_dict(graph: Graph, result: Result) -> dict[str, Any]:
             "inputs": [_input_dict(graph, i) for i in verdict.inputs],
         })  # fmt: skip
     return {
+        "verdict": result.verdict,
         "ok": result.ok,
         "headline": headline(graph, result),
         "seconds": result.seconds,

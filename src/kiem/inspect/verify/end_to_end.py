@@ -20,19 +20,22 @@ MOST_CUTS = 6  # told of in notes
 SECONDS = 20.0  # for numeric derivatives of single leaves; all of them together are always differentiated
 
 
+class Unchecked(Exception):
+    """Says why whole gradients could not be checked."""
+
+
 def whole_verdicts(
     graph: Graph, call: BackwardCall, recorded: Tensors, leaves: Tensors, roots: dict[tuple, torch.Tensor]
 ) -> tuple[list[InputVerdict], list[str]]:
-    """A verdict for each leaf that got a gradient in this call, and notes on what was not checked. `roots`: the
-    gradient with which the call began, by key."""
+    """A verdict for each leaf that got a gradient in this call, and notes. `roots`: the gradient with which the call
+    began, by key. Raises Unchecked with the reason if the way cannot be run again."""
     if not leaves:
         return [], []
     reached = [step.op for step in call.steps if step.op is not None]
     try:
         return _Whole(graph, call, recorded, leaves, roots, min(reached, default=0)).verdicts()
     except Exception as reason:
-        text = str(reason).splitlines()[0][:160] if str(reason) else type(reason).__name__
-        return [], [f"End to end not checked for the backward call at {call.source}: {text}"]
+        raise Unchecked(str(reason).splitlines()[0][:160] if str(reason) else type(reason).__name__) from reason
 
 
 class _Whole:

@@ -29,7 +29,9 @@ ATOMIC = {"index_add", "scatter_add", "index_put", "gather", "index_select", "in
 
 @dataclass(slots=True)
 class Verdict:
-    """Of one operation: ok, wrong, kink (right where there is a derivative), zero (no gradient arrived), unchecked."""
+    """Of one operation: ok, wrong, nonfinite (a gradient is NaN or infinite), kink (right where there is a derivative),
+    zero (no gradient arrived), coarse (checked, but an error of a fifth would not have shown), unchecked. `declared`:
+    unchecked because the program says that its backward is no derivative."""
 
     op: int
     verdict: str
@@ -37,6 +39,7 @@ class Verdict:
     inputs: list[InputVerdict] = field(default_factory=list)
     closed_form: bool = False
     backward: int = 0
+    declared: bool = False
 
 
 class Function:
@@ -103,7 +106,8 @@ def inside(graph: Graph, op: Op):
 def check(graph: Graph, call: BackwardCall, op: Op, step: Step, recorded: Tensors, into: tuple, out: tuple) -> Verdict:
     """Hold one node of a backward call against mathematics. `into`, `out`: its real gradients."""
     if surrogate(op):
-        return Verdict(op.index, "unchecked", "it says that its backward is no derivative (surrogate_gradient)")
+        text = "it says that its backward is no derivative (surrogate_gradient)"
+        return Verdict(op.index, "unchecked", text, declared=True)
     try:
         return _Check(graph, call, op, step, recorded, into, out).verdict()
     except CannotReplay as reason:

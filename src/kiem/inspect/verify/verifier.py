@@ -12,7 +12,7 @@ import torch
 
 from kiem.errors import ConfigError
 from kiem.inspect.graph.model import BackwardCall, Graph, Op, Source, Step
-from kiem.inspect.verify.end_to_end import whole_verdicts
+from kiem.inspect.verify.end_to_end import Unchecked, whole_verdicts
 from kiem.inspect.verify.judge import InputVerdict
 from kiem.inspect.verify.operation import Verdict, check
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PASSES = 3  # of a step of a loop that repeats
 SECONDS = 20.0  # for further passes
+BAD = ("wrong", "nonfinite")
 CASES = 3  # wrong operations whose tensors are held for a program that shows the error
 
 
@@ -33,6 +34,15 @@ class Case:
     into: tuple[torch.Tensor | None, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Something that was not checked. `kind`: node (a backward node that no recorded operation made), transform
+    (torch.func), end to end, repeat (steps of a loop left out for time), program (it failed)."""
+
+    kind: str
+    text: str
+
+
 @dataclass
 class Result:
     """What verification found: verdicts per operation in the order of backward, per leaf end to end, and what was not
@@ -41,23 +51,37 @@ class Result:
     verdicts: list[Verdict] = field(default_factory=list)
     parameters: list[tuple[int, InputVerdict]] = field(default_factory=list)  # backward call, verdict
     notes: list[str] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
     cases: list[Case] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def wrong(self) -> list[Verdict]:
-        """Operations with a wrong gradient, the first that backward came to first."""
-        return [v for v in self.verdicts if v.verdict == "wrong"]
+        """Operations with a gradient that is wrong or not finite, the first that backward came to first."""
+        return [v for v in self.verdicts if v.verdict in BAD]
 
     @property
     def wrong_parameters(self) -> list[InputVerdict]:
-        """Leaves whose whole gradient is wrong."""
-        return [v for _, v in self.parameters if v.verdict == "wrong"]
+        """Leaves whose whole gradient is wrong or not finite."""
+        return [v for _, v in self.parameters if v.verdict in BAD]
 
     @property
-    def ok(self) -> bool:
-        """Nothing is wrong, and something was checked."""
-        return not self.wrong and not self.wrong_parameters and any(v.verdict in ("ok", "kink") for v in self.verdicts)
+    def verdict(self) -> str:
+        """right: every gradient was checked and is right. wrong: one is wrong or not finite. incomplete: none was found
+        wrong, but something was not checked, or too coarsely to tell, or nothing was."""
+        if self.wrong or self.wrong_parameters:
+            return "wrong"
+        every = [*self.verdicts, *(v for _, v in self.parameters)]
+        checked = any(v.verdict in ("ok", "kink") for v in self.verdicts)
+        missing = any(v.verdict == "coarse" for v in every) or any(
+            v.verdict == "unchecked" and not v.declared for v in self.verdicts
+        )
+        return "right" if checked and self.parameters and not missing and not self.gaps else "incomplete"
+
+    @property
+    def ok(self) -> bool | None:
+        """True: right, False: wrong, None: incomplete."""
+        return {"right": True, "wrong": False}.get(self.verdict)
 
 
 class Verifier:
@@ -74,6 +98,7 @@ class Verifier:
         self._passes: Counter[int] = Counter()  # steps that did the same
         self._outer: BackwardCall | None = None  # that is under way
         self._skip = False
+        self._nodes: dict[int, dict[str, None]] = {}  # backward call -> notes on nodes that nobody recorded
         self._left_out: Counter[Source] = Counter()
 
     def node_ran(self, recorder: Recorder, step: Step, op: Op | None, node, into: tuple, out: tuple) -> None:
@@ -109,10 +134,13 @@ class Verifier:
             if grad is not None and (step.key[0], position) in call.root_keys:
                 self._roots[call.index, (step.key[0], position)] = grad
         if call.transformed:
-            self._note(f"What torch.func differentiates, on tensors of its own, is not checked ({call.source}).")
+            text = f"What torch.func differentiates, on tensors of its own, is not checked ({call.source})."
+            self._gap("transform", text)
             return
         if op is None:
-            self._note(f"{step.node}: made by no recorded operation; not checked by itself")
+            self._nodes.setdefault(call.index, {})[
+                f"{step.node}: made by no recorded operation; not checked by itself"
+            ] = None
             return
         self._done.add(op.index)
         verdict = check_safely(recorder.graph, call, op, step, recorder.kept.tensors, into, out)
@@ -138,7 +166,7 @@ class Verifier:
 
     def backward_ended(self, recorder: Recorder, call: BackwardCall) -> None:
         """Check whole gradients; let go of what is no longer needed."""
-        if self._end_to_end and not self._skips(recorder, call):
+        if not self._skips(recorder, call):
             began = time.perf_counter()
             self.end(recorder, call)
             self.result.seconds += time.perf_counter() - began
@@ -153,10 +181,29 @@ class Verifier:
         """Check the whole gradients of a call."""
         leaves = {leaf: grad for (index, leaf), grad in self._leaves.items() if index == call.index}
         roots = {key: grad for (index, key), grad in self._roots.items() if index == call.index}
-        verdicts, notes = whole_verdicts(recorder.graph, call, recorder.kept.tensors, leaves, roots)
+        covered = self._end_to_end and self._whole(recorder, call, leaves, roots)
+        for note in (note for notes in self._nodes.values() for note in notes):
+            # Autograd makes nodes of its own for views: where the whole is right, they are.
+            self._note(note) if covered else self._gap("node", note)
+        self._nodes.clear()
+
+    def _whole(self, recorder: Recorder, call: BackwardCall, leaves: dict, roots: dict) -> bool:
+        """Whether every leaf of a call could be checked, and none is wrong."""
+        try:
+            verdicts, notes = whole_verdicts(recorder.graph, call, recorder.kept.tensors, leaves, roots)
+        except Unchecked as reason:
+            self._gap("end to end", f"End to end not checked for the backward call at {call.source}: {reason}")
+            return False
         self.result.parameters += [(call.index, v) for v in verdicts]
         for note in notes:
             self._note(note)
+        missed = sorted(map(recorder.graph.title, set(leaves) - {v.value for v in verdicts}))
+        if missed:
+            more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
+            self._gap(
+                "end to end", f"End to end not checked: {', '.join(missed[:5])}{more}: read outside of what ran here"
+            )
+        return not missed and all(v.verdict in ("ok", "kink") for v in verdicts)
 
     def folded(self, start: tuple[int, int, int], counts: tuple[int, int, int]) -> None:
         """The last step repeats the one before: only what was wrong in it stays, told of the step that is kept."""
@@ -193,12 +240,19 @@ class Verifier:
     def ended(self) -> Result:
         """The result, with a note on what was left out."""
         for line, count in self._left_out.items():
-            self._note(
+            self._gap(
+                "repeat",
                 f"Of the steps up to {line} that do the same, the first {PASSES}, the 4th, 8th, 16th and so on were "
-                f"checked; {count:,} were not."
+                f"checked; {count:,} were not.",
             )
         self._left_out.clear()
         return self.result
+
+    def _gap(self, kind: str, text: str) -> None:
+        """What was not checked, once."""
+        if (gap := Gap(kind, text)) not in self.result.gaps:
+            self.result.gaps.append(gap)
+        self._note(text)
 
     def _note(self, note: str) -> None:
         if note not in self.result.notes:
