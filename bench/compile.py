@@ -26,6 +26,7 @@ def main() -> None:
     from kiem.data.loader import Batch
     from kiem.model.transformer import Transformer
     from kiem.optim.groups import build_optimizer
+    from kiem.training.objective import NextToken
     from kiem.training.step import train_step
 
     runtime.set_up_process()
@@ -50,7 +51,7 @@ def main() -> None:
 
         def step() -> float:
             began = time.perf_counter()
-            train_step(model, optimizer, [batch], config.train, 0)
+            train_step(NextToken(), model, optimizer, [batch], config.train, 0)
             return time.perf_counter() - began
 
         return step

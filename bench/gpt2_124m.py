@@ -54,6 +54,7 @@ def kiem_step(precision: str, optimizer_name: str, drop_rate: float):
     from kiem.data.loader import Batch
     from kiem.model.transformer import Transformer
     from kiem.optim.groups import build_optimizer
+    from kiem.training.objective import NextToken
     from kiem.training.step import train_step
 
     runtime.set_up_process()
@@ -74,7 +75,7 @@ def kiem_step(precision: str, optimizer_name: str, drop_rate: float):
         torch.zeros(BATCH, CONTEXT, dtype=torch.int32),
         size,
     )
-    return lambda: train_step(model, optimizer, [batch], config.train, 0)
+    return lambda: train_step(NextToken(), model, optimizer, [batch], config.train, 0)
 
 
 def run_one(variant: str, steps: int, drop_rate: float) -> dict:

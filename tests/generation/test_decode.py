@@ -108,7 +108,7 @@ def test_logits_in_a_padded_batch_with_cache(position, prompts):
 def test_tokens_beyond_the_tokenizer_are_never_chosen():
     model = build("rope")
     with torch.no_grad():
-        model.head_weight[VOCAB:] *= 100
+        model.head.weight[VOCAB:] *= 100
     for sampling in (GREEDY, Sampling(5.0)):
         (tokens,) = decode(model, [[1]], sampling, 60)
         assert max(tokens) < VOCAB

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kiem.config.model import ModelConfig
-from kiem.model.ops.cross_entropy import linear_cross_entropy
 from kiem.model.transformer import Transformer
 
 BASE = {"vocab_size": 37, "context_length": 24, "emb_dim": 24, "n_heads": 4, "n_layers": 2}
@@ -50,15 +49,13 @@ def test_packed_logits_and_gradients_are_those_of_each_document_alone(position, 
     model = build(position, recompute)
     tokens_BT, positions_BT, docs_BT, parts = pack(n_tokens)
     targets_BT = (tokens_BT * 7 + 3) % 37
-    x_BTD = model.features(tokens_BT, positions_BT, docs_BT)
-    linear_cross_entropy(x_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten()).backward()
+    model(tokens_BT, positions_BT=positions_BT, docs_BT=docs_BT, targets_BT=targets_BT)[0].backward()
     packed = {name: p.grad.clone() for name, p in model.named_parameters()}
-    logits_BTV = model(tokens_BT, positions_BT, docs_BT)
+    logits_BTV = model(tokens_BT, positions_BT=positions_BT, docs_BT=docs_BT)
     model.zero_grad()
     for part in parts:
         assert close(model(tokens_BT[:, part]), logits_BTV[:, part], 1e-5)
-        x_BTD = model.features(tokens_BT[:, part])
-        linear_cross_entropy(x_BTD.flatten(0, 1), model.head_weight, targets_BT[:, part].flatten()).backward()
+        model(tokens_BT[:, part], targets_BT=targets_BT[:, part])[0].backward()
     for name, p in model.named_parameters():
         if not name.endswith("attn.k.bias"):  # its true gradient is zero: see test_parity.py
             assert close(packed[name], p.grad, 1e-5), name
@@ -76,7 +73,7 @@ def test_changing_a_document_changes_no_bit_of_another(position, dtype, n_tokens
     other_BT = tokens_BT.clone()
     other_BT[:, parts[changed]] = (tokens_BT[:, parts[changed]] + 1) % 37
     with torch.no_grad():
-        before, after = (model(tokens, positions_BT, docs_BT) for tokens in (tokens_BT, other_BT))
+        before, after = (model(tokens, positions_BT=positions_BT, docs_BT=docs_BT) for tokens in (tokens_BT, other_BT))
     for i, part in enumerate(parts):
         assert torch.equal(before[:, part], after[:, part]) == (i != changed)
 
@@ -87,9 +84,10 @@ def test_rows_are_packed_each_in_its_own_way(position):
     model = build(position).eval()
     rows = [pack([3, 9], seed=1), pack([12], seed=2)]
     with torch.no_grad():
-        together = model(*(torch.cat([row[i] for row in rows]) for i in range(3)))
+        tokens_BT, positions_BT, docs_BT = (torch.cat([row[i] for row in rows]) for i in range(3))
+        together = model(tokens_BT, positions_BT=positions_BT, docs_BT=docs_BT)
         for b, (tokens_BT, positions_BT, docs_BT, _) in enumerate(rows):
-            assert close(together[b : b + 1], model(tokens_BT, positions_BT, docs_BT), 1e-5)
+            assert close(together[b : b + 1], model(tokens_BT, positions_BT=positions_BT, docs_BT=docs_BT), 1e-5)
 
 
 @pytest.mark.parametrize("position", CONFIGS)
@@ -98,6 +96,7 @@ def test_across_documents_when_asked_for(position):
     model = build(position).eval()
     tokens_BT, positions_BT, docs_BT, (first, second) = pack([5, 6])
     with torch.no_grad():
-        apart, across = model(tokens_BT, positions_BT, docs_BT), model(tokens_BT, positions_BT)
+        apart = model(tokens_BT, positions_BT=positions_BT, docs_BT=docs_BT)
+        across = model(tokens_BT, positions_BT=positions_BT)
     assert close(across[:, first], apart[:, first], 1e-5)
     assert not close(across[:, second], apart[:, second], 1e-2)

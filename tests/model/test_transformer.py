@@ -82,10 +82,10 @@ def test_initial_weights_gpt2():
 
 def test_zero_output_begins_as_the_identity():
     model = Transformer(ModelConfig(**QWEN3)).initialise(0, "zero_output")
-    x_BTD = model.features(TOKENS)
-    expected = model.final_norm(model.tok_emb(TOKENS))
-    assert torch.equal(x_BTD, expected)
+    features = []
+    model.final_norm.register_forward_hook(lambda module, given, x_BTD: features.append(x_BTD))
     assert not model(TOKENS).any()
+    assert torch.equal(features[0], model.final_norm(model.tok_emb(TOKENS)))
 
 
 def test_same_seed_same_weights():
@@ -113,6 +113,9 @@ def test_bfloat16_is_near_float32():
     assert (model(TOKENS) - exact).norm() < 20 * torch.finfo(torch.bfloat16).eps * exact.norm()
 
 
+# What torch.compile does to tensors and Functions that are not its own:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_blocks_give_the_same_numbers():
     model = build(QWEN3)
     exact = model(TOKENS)

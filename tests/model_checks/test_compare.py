@@ -166,16 +166,12 @@ def test_a_wrong_attention_kernel_is_on_its_row(monkeypatch):
 def test_a_mean_of_means_is_on_the_row_of_accumulation(monkeypatch):
     right = ways.train_step
 
-    def wrong(model, optimizer, micro_batches, *rest):
-        results = [right(model, Keep(), [batch], *rest) for batch in micro_batches]
+    def wrong(objective, model, optimizer, micro_batches, *rest):
+        optimizer.zero_grad = lambda **_: None
+        results = [right(objective, model, optimizer, [batch], *rest) for batch in micro_batches]
         for p in model.parameters():
             p.grad /= len(micro_batches)
         return replace(results[0], loss=sum(r.loss for r in results) / len(results))
-
-    class Keep:
-        def zero_grad(self): ...
-
-        def step(self, scale): ...
 
     monkeypatch.setattr(ways, "train_step", wrong)
     for rows in (1, 2, 4):
@@ -190,13 +186,13 @@ def test_blocks_that_are_recomputed_from_something_else_are_found(monkeypatch):
 
 
 def test_a_bfloat16_that_is_coarser_than_bfloat16_is_found(monkeypatch):
-    right = transformer.Transformer.features
+    right = transformer.Transformer._blocks
 
-    def wrong(model, *args, **kwargs):
-        x_BTD = right(model, *args, **kwargs)
+    def wrong(model, *args):
+        x_BTD = right(model, *args)
         return x_BTD * 2 if model.compute_dtype == torch.bfloat16 else x_BTD
 
-    monkeypatch.setattr(transformer.Transformer, "features", wrong)
+    monkeypatch.setattr(transformer.Transformer, "_blocks", wrong)
     only(compared(monkeypatch), "bfloat16")
 
 

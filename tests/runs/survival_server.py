@@ -108,16 +108,16 @@ def poison(what, at):
 
     real, done = loop.train_step, 0
 
-    def step(model, optimizer, *args):
+    def step(objective, model, optimizer, *args):
         nonlocal done
-        result = real(model, optimizer, *args)
+        result = real(objective, model, optimizer, *args)
         done += 1
         weight = model.blocks[1].mlp.up.weight
         with torch.no_grad():
             if done == at and what == "a weight":
                 weight[3, 2] = float("nan")
             elif done == at and what == "a moment":
-                optimizer.state_tensors()["blocks.1.mlp.up.weight.momentum"][3, 2] = float("nan")
+                optimizer.state[weight]["momentum"][3, 2] = float("nan")
         if done == at and what == "a gradient":
             weight.register_hook(lambda gradient: gradient / 0)
         return result

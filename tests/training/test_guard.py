@@ -12,8 +12,8 @@ from kiem.config.model import ModelConfig
 from kiem.data.loader import Batch
 from kiem.errors import NumericsError
 from kiem.model.transformer import Transformer
-from kiem.training import guard as sentinels
 from kiem.training.guard import CONFIRM, PATIENCE, Watch, first_nonfinite, nonfinite, require_finite
+from kiem.training.objective import NextToken
 
 # Curves ---------------------------------------------------------------------------------------------------------------
 
@@ -207,14 +207,14 @@ class ScaleGradient(torch.autograd.Function):
 
 
 def test_a_finite_step_has_nothing_to_find():
-    assert first_nonfinite(tiny(), batch()).startswith("not found: ")
+    assert first_nonfinite(NextToken(), tiny(), batch()).startswith("not found: ")
 
 
 def test_a_parameter_that_is_nan_is_named_first():
     model = tiny()
     with torch.no_grad():
         model.blocks[1].mlp.up.weight[3, 2] = math.nan
-    assert first_nonfinite(model, batch()) == (
+    assert first_nonfinite(NextToken(), model, batch()) == (
         "before the forward pass: blocks.1.mlp.up.weight has 1 NaN in 256 values, first at [3, 2]"
     )
 
@@ -222,7 +222,7 @@ def test_a_parameter_that_is_nan_is_named_first():
 def test_the_first_module_whose_output_overflows_is_named():
     model = tiny()
     model.blocks[1].mlp = Scale(model.blocks[1].mlp, math.inf)
-    found = first_nonfinite(model, batch())
+    found = first_nonfinite(NextToken(), model, batch())
     assert found.startswith("forward: blocks.1.mlp (Scale): its output has ")
     assert found.endswith("its inputs and parameters are finite")
 
@@ -235,16 +235,20 @@ def test_an_overflow_in_the_code_between_modules_is_its_owners():
     block.attn = Scale(FirstOf(), 1.0)
     with torch.no_grad():
         model.tok_emb.weight[5, :] = 2e38
-    assert first_nonfinite(model, batch()).startswith(
+    assert first_nonfinite(NextToken(), model, batch()).startswith(
         "forward: blocks.0 (Block), in its own code: what it gives to blocks.0.norm2 (LayerNorm) has "
     )
 
 
-def test_the_loss_alone(monkeypatch):
-    """The search follows the very function that the step differentiates."""
-    infinite = lambda model, batch, apart: model.features(batch.tokens_BT).sum() * math.inf  # noqa: E731
-    monkeypatch.setattr(sentinels, "loss_sum", infinite)
-    assert first_nonfinite(tiny(), batch()).startswith("forward: the loss has 1 ")
+class Infinite(NextToken):
+    def loss(self, model, batch):
+        nats, weight, metrics = super().loss(model, batch)
+        return nats * math.inf, weight, metrics
+
+
+def test_the_loss_alone():
+    """The search follows the very objective that the step differentiates."""
+    assert first_nonfinite(Infinite(), tiny(), batch()).startswith("forward: the loss has 1 ")
 
 
 @pytest.mark.parametrize("where", ["blocks.0.attn", "blocks.1.mlp", "final_norm"])
@@ -253,7 +257,7 @@ def test_the_operation_whose_gradient_overflows_is_named(where):
     parent, _, name = where.rpartition(".")
     owner = model.get_submodule(parent)
     setattr(owner, name, Scale(getattr(owner, name), 1.0, math.inf))
-    found = first_nonfinite(model, batch())
+    found = first_nonfinite(NextToken(), model, batch())
     assert found.startswith(f"backward: the gradient made by ScaleGradientBackward in {where} (Scale) has ")
 
 
@@ -264,7 +268,7 @@ def test_the_search_changes_nothing():
         p.grad = torch.ones_like(p)
     before = [p.clone() for p in model.parameters()]
     state = torch.get_rng_state()
-    assert first_nonfinite(model, batch()).startswith("backward: ")
+    assert first_nonfinite(NextToken(), model, batch()).startswith("backward: ")
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
@@ -276,4 +280,4 @@ def test_it_works_under_activation_checkpointing():
     model = tiny()
     model.checkpoint_blocks = True
     model.blocks[1].mlp = Scale(model.blocks[1].mlp, 1.0, math.inf)
-    assert "gradient" in first_nonfinite(model, batch())
+    assert "gradient" in first_nonfinite(NextToken(), model, batch())

@@ -13,6 +13,9 @@ from kiem.data.loader import Batch
 from kiem.errors import NumericsError
 from kiem.model.transformer import Transformer
 from kiem.optim.groups import build_optimizer
+from kiem.optim.state import state_tensors
+from kiem.parallel.ranks import Ranks
+from kiem.training.objective import NextToken
 from kiem.training.step import train_step
 
 B, T, V = 8, 16, 40
@@ -65,7 +68,7 @@ def gradients(rows_per_micro_batch):
     model = make_model()
     optimizer = build_optimizer(model, TRAIN)
     train = TRAIN.model_copy(update={"max_grad_norm": 0.0})
-    result = train_step(model, optimizer, make_batch().micro(rows_per_micro_batch), train, 0)
+    result = train_step(NextToken(), model, optimizer, make_batch().micro(rows_per_micro_batch), train, 0)
     return result, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -79,7 +82,7 @@ def assert_same(a, b):
 def test_accumulation_changes_nothing(rows):
     whole, reference = gradients(B)
     parts, found = gradients(rows)
-    assert parts.loss == pytest.approx(whole.loss, rel=1e-6) and parts.tokens == whole.tokens == make_batch().n_valid
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6) and parts.weight == whole.weight == make_batch().n_valid
     assert_same(found, reference)
 
 
@@ -89,11 +92,11 @@ def _rank(rank, port, folder):
     rows = make_batch().micro(4)[rank]
     model = make_model()
     train = TRAIN.model_copy(update={"max_grad_norm": 0.0})
-    result = train_step(model, build_optimizer(model, train), rows.micro(2), train, 0)
+    result = train_step(NextToken(), model, build_optimizer(model, train), rows.micro(2), train, 0, Ranks.here())
     torch.save(
         {
             "loss": result.loss,
-            "tokens": result.tokens,
+            "weight": result.weight,
             "grad_norm": result.grad_norm,
             **{n: p.grad for n, p in model.named_parameters()},
         },
@@ -113,7 +116,7 @@ def test_two_ranks_change_nothing(tmp_path):
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert found.pop("loss") == pytest.approx(whole.loss, rel=1e-6)
-        assert found.pop("tokens") == whole.tokens
+        assert found.pop("weight") == whole.weight
         assert found.pop("grad_norm") == pytest.approx(whole.grad_norm, rel=1e-6)
         assert_same(found, reference)
 
@@ -121,7 +124,7 @@ def test_two_ranks_change_nothing(tmp_path):
 def test_loss_is_a_mean_over_valid_tokens():
     """A model whose logits are all equal loses ln V on each token, whatever the mask."""
     model = make_model(init="zero_output")  # the head is zero
-    result = train_step(model, build_optimizer(model, TRAIN), make_batch().micro(2), TRAIN, 0)
+    result = train_step(NextToken(), model, build_optimizer(model, TRAIN), make_batch().micro(2), TRAIN, 0)
     assert result.loss == pytest.approx(math.log(V), rel=1e-6)
 
 
@@ -134,7 +137,7 @@ def test_everything_learns_in_ten_steps(config, train):
     had_gradient = set()
     losses = []
     for step in range(10):
-        losses.append(train_step(model, optimizer, [make_batch()], train, step * B * T).loss)
+        losses.append(train_step(NextToken(), model, optimizer, [make_batch()], train, step * B * T).loss)
         had_gradient |= {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     # A key's bias shifts all scores of a query alike, which softmax ignores: its gradient is rounding, not learning.
     names = set(before)
@@ -147,19 +150,19 @@ def test_everything_learns_in_ten_steps(config, train):
 def test_what_is_not_finite_is_refused_before_the_update(where):
     model = make_model()
     optimizer = build_optimizer(model, TRAIN)
-    train_step(model, optimizer, [make_batch()], TRAIN, 0)
+    train_step(NextToken(), model, optimizer, [make_batch()], TRAIN, 0)
     if where == "loss":
         with torch.no_grad():
             model.blocks[0].mlp.up.weight[0, 0] = float("nan")
     else:
         model.blocks[1].attn.v.weight.register_hook(lambda g: g.index_fill(0, torch.tensor([3]), float("inf")))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    state = {n: t.clone() for n, t in optimizer.state_tensors().items()}
+    state = {n: t.clone() for n, t in state_tensors(optimizer, model).items()}
     with pytest.raises(NumericsError, match="update was refused"):
-        train_step(model, optimizer, [make_batch(1)], TRAIN, B * T)
+        train_step(NextToken(), model, optimizer, [make_batch(1)], TRAIN, B * T)
     for name, p in model.named_parameters():
         assert torch.equal(torch.nan_to_num(p), torch.nan_to_num(before[name])), name
-    for name, t in optimizer.state_tensors().items():
+    for name, t in state_tensors(optimizer, model).items():
         assert torch.equal(t, state[name]), name
 
 
@@ -167,7 +170,7 @@ def test_clipping_by_hand():
     """The update of plain AdamW does not show the gradient's length; the gradients left behind do."""
     model = make_model()
     train = TRAIN.model_copy(update={"max_grad_norm": 0.01})
-    result = train_step(model, build_optimizer(model, train), [make_batch()], train, 0)
+    result = train_step(NextToken(), model, build_optimizer(model, train), [make_batch()], train, 0)
     norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in model.parameters()])).item()
     assert result.grad_norm > 0.01
     assert norm == pytest.approx(0.01, rel=1e-5)
@@ -195,7 +198,7 @@ def test_memory_is_flat_in_accumulation():
         held = most = 0
         model = make_model()
         with saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            train_step(model, build_optimizer(model, TRAIN), [make_batch()] * n, TRAIN, 0)
+            train_step(NextToken(), model, build_optimizer(model, TRAIN), [make_batch()] * n, TRAIN, 0)
         peaks.append(most)
     assert 0 < peaks[1] <= peaks[0]
 
@@ -204,6 +207,6 @@ def test_checkpointing_blocks_changes_no_number():
     plain = make_model()
     saving = Transformer(QWEN3, checkpoint_blocks=True).initialise(0, "gpt2")
     for model in (plain, saving):
-        train_step(model, build_optimizer(model, TRAIN), make_batch().micro(4), TRAIN, 0)
+        train_step(NextToken(), model, build_optimizer(model, TRAIN), make_batch().micro(4), TRAIN, 0)
     for (name, p), q in zip(plain.named_parameters(), saving.parameters(), strict=True):
         assert torch.equal(p, q), name

@@ -14,7 +14,6 @@ B batch (sequences that go on), T time, V vocabulary.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kiem.errors import NumericsError
@@ -42,7 +41,7 @@ class Decoder:
     ):
         self.model, self.sampling, self.vocab_size, self.steps_left = model, sampling, vocab_size, max_tokens
         self.context_length = model.config.context_length
-        self.device = model.head_weight.device
+        self.device = model.device
         self.rows = list(range(len(prompts)))
         self.windows = [list(prompt) for prompt in prompts]
         # On the CPU always: the same seed gives the same text on every device.
@@ -104,7 +103,7 @@ class Decoder:
         if full or any(len(window) > self.context_length for window in self.windows):
             return self._begin()
         self.positions_B1 = self.positions_B1 + 1
-        return self._head(self.model.features(self.newest_B1, self.positions_B1, cache=self.cache))
+        return self.model(self.newest_B1, positions_BT=self.positions_B1, cache=self.cache, last=1)[:, 0]
 
     def _begin(self) -> Tensor:
         """Compute the windows from their first token, into a new cache; those past the context are shortened first."""
@@ -120,8 +119,4 @@ class Decoder:
         self.cache = Cache(self.model.config, len(self.windows), slots, self.device, self.model.compute_dtype)
         self.positions_B1 = positions_BT[:, -1:]
         valid_BT = slots_T >= padding_B1
-        return self._head(self.model.features(tokens_BT, positions_BT, cache=self.cache, valid_BT=valid_BT))
-
-    def _head(self, x_BTD: Tensor) -> Tensor:
-        x_BD = x_BTD[:, -1]
-        return F.linear(x_BD, self.model.head_weight.to(x_BD.dtype)).float()
+        return self.model(tokens_BT, positions_BT=positions_BT, cache=self.cache, valid_BT=valid_BT, last=1)[:, 0]

@@ -17,7 +17,6 @@ from kiem.errors import CheckpointError, ConfigError
 from kiem.generation.decode import Decoder
 from kiem.generation.sample import Sampling, is_whole
 from kiem.generation.text import TextStream
-from kiem.model.ops.cross_entropy import linear_cross_entropy
 from kiem.model.transformer import Transformer
 from kiem.runs import checkpoint
 from kiem.runtime import select_device
@@ -103,15 +102,15 @@ class LanguageModel:
             raise ConfigError("text is empty: there is nothing to score")
         ids = self._encode(text)
         T = self.model.config.context_length
-        tokens = torch.tensor(ids, device=self.model.head_weight.device)
+        tokens = torch.tensor(ids, device=self.model.device)
         nats = 0.0
         scored = 1  # the end of text at the beginning is given
         with _inference(self.model):
             while scored < len(ids):
                 start = 0 if scored == 1 else scored - max(1, T // 2)
                 window = tokens[start : start + T + 1]
-                x_TD = self.model.features(window[None, :-1])[0, scored - start - 1 :]
-                nats += float(linear_cross_entropy(x_TD, self.model.head_weight, window[scored - start :]))
+                targets_BT = window[None, scored - start :]
+                nats += float(self.model(window[None, :-1], targets_BT=targets_BT, last=targets_BT.shape[1])[0])
                 scored = start + len(window)
         n_bytes = len(text.encode())
         return {"nats": nats, "tokens": len(ids) - 1, "bytes": n_bytes, "bits_per_byte": nats / math.log(2) / n_bytes}

@@ -1,10 +1,24 @@
-"""The parts of a block that mix no positions: linear, norms, feed-forward.
+"""The parts of a block that mix no positions: linear, embedding, norms, feed-forward.
 
 Shapes: B batch, T time, D embedding, F hidden.
 
 Weights are float32 masters. A layer casts its weight to the data type of its input, so that the compute type of the
-whole model is decided in one place (transformer.py) and the optimiser always updates float32.
+whole model is decided in one place (transformer.py) and the optimizer always updates float32.
+
+Every layer is called, and none reads another one's weight. Where a layer and what stands before or after it are one
+operation that keeps less for backward (model/ops), the operation goes into the call, `layer(x, op=...)`, if the layer
+is `fusible`. Anything else is called as layers are called everywhere, so that this works unchanged:
+
+- a replaced layer (LoRA's sum, a quantized layer): it gets x and gives y, in training, evaluation and generation;
+- a hook, also those of FSDP2 and tensor parallelism: it sees the layer's true input and output;
+- a parametrized weight: `op` gets `layer.weight`, whatever computes it;
+- DDP and FSDP2: parameters are used inside their module's call and nowhere else;
+- torch.compile: what is fusible does not change from call to call, so there is one graph.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +27,35 @@ from torch import Tensor, nn
 from kiem.config.model import ModelConfig
 from kiem.model.ops.feed_forward import gelu_linear, swiglu_linear
 
+Op = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) -> y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias in the data type of x."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
 
 class Linear(nn.Linear):
-    """y = x @ weight.T + bias in the data type of x; weight is (out, in)."""
+    """y = op(x, weight, bias), by default x @ weight.T + bias in the data type of x; weight is (out, in).
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, *self.cast(x.dtype))
+    Another op is one from model/ops that this layer is a part of; it gets the master weight and casts it itself.
+    """
 
-    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias in a data type."""
-        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+    def forward(self, x: Tensor, op: Op = linear) -> Tensor:
+        return op(x, self.weight, self.bias)
+
+
+def fusible(layer: nn.Module) -> TypeGuard[Linear]:
+    """Whether a layer may be called with an `op`: it is a Linear of this file that nobody replaced or watches."""
+    watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return isinstance(layer, Linear) and type(layer).forward is Linear.forward and not watched
+
+
+class Embedding(nn.Embedding):
+    """A table (entries, D), read by row. Undefined until it is filled: Transformer.initialise."""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 class LayerNorm(nn.Module):
@@ -71,7 +104,12 @@ class FeedForward(nn.Module):
         self.down = Linear(F_, D, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        weight, bias = self.down.cast(x_BTD.dtype)
         if self.activation == "swiglu":
-            return swiglu_linear(self.gate(x_BTD), self.up(x_BTD), weight, bias)
-        return gelu_linear(self.up(x_BTD), weight, bias, "tanh" if self.activation == "gelu_tanh" else "none")
+            gate_BTF, up_BTF = self.gate(x_BTD), self.up(x_BTD)
+            if fusible(self.down):
+                return self.down(up_BTF, partial(swiglu_linear, gate_BTF))
+            return self.down(F.silu(gate_BTF) * up_BTF)
+        up_BTF, approximate = self.up(x_BTD), "tanh" if self.activation == "gelu_tanh" else "none"
+        if fusible(self.down):
+            return self.down(up_BTF, partial(gelu_linear, approximate=approximate))
+        return self.down(F.gelu(up_BTF, approximate=approximate))

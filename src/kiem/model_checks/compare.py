@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -30,9 +30,9 @@ from kiem import runtime
 from kiem.config.run import TrainConfig
 from kiem.data.loader import IGNORE, Batch
 from kiem.format import bytes_text, seconds_text
-from kiem.model.layers import FeedForward
-from kiem.model.ops import cross_entropy, feed_forward
+from kiem.model.ops import cross_entropy
 from kiem.model.transformer import Transformer
+from kiem.training.objective import NextToken
 from kiem.training.step import train_step
 
 NOISE = 2.0**-26  # relative; far above float64's rounding, far below where formulas stop being straight
@@ -146,7 +146,7 @@ def bound(dtype: torch.dtype, terms: int) -> float:
 class _Comparing:
     def __init__(self, model: Transformer, batch: Batch, documents_apart: bool):
         self.config = model.config.model_copy(update={"drop_rate": 0.0})
-        self.batch, self.documents_apart = batch, documents_apart
+        self.batch, self.objective = batch, NextToken(documents_apart)
         self.result = Comparisons(parameters=sum(p.numel() for p in model.parameters()), tokens=batch.tokens_BT.numel())
         self.result.terms = max(self.result.tokens, *(size for p in model.parameters() for size in p.shape))
         if model.config.drop_rate:
@@ -214,9 +214,11 @@ class _Comparing:
             model = Transformer(self.config, way.dtype, way.recomputed)
         wide = torch.float64 if way.dtype == torch.float64 else torch.float32
         model.load_state_dict({name: w.to(wide) for name, w in (weights or self.weights).items()}, assign=True)
+        if "loss" not in way.fused:
+            _unfuse(model.head)
         for block in model.blocks:
             if "feed-forward" not in way.fused:
-                block.mlp = PlainFeedForward(block.mlp)
+                _unfuse(block.mlp.down)
             if way.compiled:
                 block.compile(dynamic=False)
         return model.train()
@@ -259,14 +261,17 @@ class _Comparing:
         """Loss in nats per valid token, and the gradient of each parameter."""
         model, batch = self._model(way, weights), self.batch
         if way.trained:
-            train = TrainConfig(batch_tokens=max(2, batch.tokens_BT.numel()), max_grad_norm=0.0)
-            loss = train_step(model, _NoUpdate(), split(batch, way.parts), train, 0, self.documents_apart).loss
+            size = max(2, batch.tokens_BT.numel())
+            train = TrainConfig(tokens=size, batch_tokens=size, max_grad_norm=0.0)
+            still = _NoUpdate(model.parameters())
+            loss = train_step(self.objective, model, still, split(batch, way.parts), train, 0).loss
         else:
-            packing = (batch.positions_BT, batch.docs_BT) if self.documents_apart else (None, None)
-            with nullcontext() if "attention" in way.fused else sdpa_kernel(SDPBackend.MATH):
-                x_ND = model.features(batch.tokens_BT, *packing).flatten(0, 1)
-                head = _loss_in_chunks if "loss" in way.fused else plain_loss
-                mean = head(x_ND, model.head_weight, batch.targets_BT.flatten()) / batch.n_valid
+            with ExitStack() as stack:
+                if "attention" not in way.fused:
+                    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                if "loss" in way.fused:
+                    stack.enter_context(_chunks_of(batch.tokens_BT.numel() // 3, self.config.vocab_size))
+                mean = self.objective.loss(model, batch)[0] / batch.n_valid
                 mean.backward()
             loss = float(mean.detach())
         return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -330,34 +335,19 @@ class _Comparing:
             row.verdict = "wrong"
 
 
-class PlainFeedForward(nn.Module):
-    """The feed-forward of a block by the definitions of its fused paths."""
-
-    def __init__(self, fused: FeedForward):
-        super().__init__()
-        self.activation = fused.activation
-        for name, child in fused.named_children():
-            self.add_module(name, child)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        weight, bias = self.down.cast(x_BTD.dtype)
-        if self.activation == "swiglu":
-            return feed_forward.swiglu_linear_plain(self.gate(x_BTD), self.up(x_BTD), weight, bias)
-        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-        return feed_forward.gelu_linear_plain(self.up(x_BTD), weight, bias, approximate)
+def _unfuse(layer: nn.Module) -> None:
+    """A layer that somebody watches is called as it stands, in no fused operation (model/layers.py)."""
+    layer.register_forward_hook(lambda *_: None)
 
 
-def plain_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """linear_cross_entropy_plain in the data type of x: the definition takes float32, too coarse for a reference."""
-    return F.cross_entropy(F.linear(x_ND, weight_VD.to(x_ND.dtype)), targets_N, ignore_index=IGNORE, reduction="sum")
+class _NoUpdate(torch.optim.Optimizer):
+    """An optimizer that leaves the weights as they are."""
 
+    def __init__(self, params: Iterable[Tensor]):
+        super().__init__(params, {"lr": 0.0})
 
-class _NoUpdate:
-    """An optimiser that leaves the weights as they are."""
-
-    def zero_grad(self) -> None: ...
-
-    def step(self, scale: float) -> None: ...
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Nothing."""
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -380,12 +370,13 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return found
 
 
-def _loss_in_chunks(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """The fused loss in at least 3 chunks where there are positions for it: a small batch would fit into one."""
+@contextmanager
+def _chunks_of(rows: int, vocab_size: int) -> Iterator[None]:
+    """At most so many positions in a chunk of the fused loss: a small batch would fit into one."""
     before = cross_entropy.CHUNK_ELEMENTS
-    cross_entropy.CHUNK_ELEMENTS = min(before, max(1, len(x_ND) // 3) * len(weight_VD))
+    cross_entropy.CHUNK_ELEMENTS = min(before, max(1, rows) * vocab_size)
     try:
-        return cross_entropy.linear_cross_entropy(x_ND, weight_VD, targets_N)
+        yield
     finally:
         cross_entropy.CHUNK_ELEMENTS = before
 

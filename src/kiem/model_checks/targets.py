@@ -219,7 +219,7 @@ def _of_model(title: str, model: Transformer, config: RunConfig, batch: Batch) -
     import torch
 
     from kiem.runtime import seed_everything, select_device
-    from kiem.training.step import loss_sum
+    from kiem.training.objective import NextToken
 
     device = select_device(config.device)
     model, batch = model.to(device).train(), batch.to(device)
@@ -227,7 +227,8 @@ def _of_model(title: str, model: Transformer, config: RunConfig, batch: Batch) -
     def loss() -> Tensor:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             seed_everything(config.seed)
-            return loss_sum(model, batch, not config.data.cross_document_attention) / batch.n_valid
+            objective = NextToken(documents_apart=not config.data.cross_document_attention)
+            return objective.loss(model, batch)[0] / batch.n_valid
 
     def start() -> dict[str, Any]:
         model.zero_grad(set_to_none=True)

@@ -6,6 +6,9 @@ Amsel et al. 2025, "The Polar Express", arXiv:2505.16932.
 Shapes: M matrices of one shape, R rows (the smaller side), C columns.
 """
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +23,7 @@ COEFFICIENTS = (
 )
 
 
-def orthogonalise(g_MRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def orthogonalize(g_MRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The nearest matrices with orthonormal rows (or columns, if there are fewer): U V^T of the SVD U S V^T, about.
 
     Singular values come out between 0.7 and 1.3 wherever they were above a thousandth of the Frobenius norm.
@@ -37,33 +40,59 @@ def orthogonalise(g_MRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return x_MRC if wide else x_MRC.mT
 
 
-class Muon:
+class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay, matrices of one shape handled together.
 
-    The update of an (out, in) matrix is scaled by sqrt(max(1, out / in)), so that one rate serves every shape.
+    params: matrices (2-D), or groups of them. The update of an (out, in) matrix is scaled by sqrt(max(1, out / in)), so
+    that one rate serves every shape. Parameters without a gradient stay as they are.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
-        self.lr, self.weight_decay, self.momentum = lr, weight_decay, momentum
-        self.parameters = parameters
-        self.moments = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 0.02,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+    ):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, and the state of the parameters is made at once: a checkpoint before the first update has it."""
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            self.state[p].update(self.initial_state(p, self.param_groups[-1]))
+
+    def initial_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The state of a parameter before its first update; its keys are those of every later state."""
+        if p.ndim != 2:
+            raise ValueError(f"Muon updates matrices, and a parameter has the shape {tuple(p.shape)}")
+        return {"momentum": torch.zeros_like(p)}
 
     @torch.no_grad()
-    def step(self, scale: float) -> None:
-        """One update with learning rate lr * scale from the parameters' .grad. Parameters without a gradient stay."""
-        shapes: dict[torch.Size, list[str]] = {}
-        for name, p in self.parameters.items():
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update at each group's `lr` from the parameters' .grad. `closure` computes the loss anew."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self.update(group)
+        return loss
+
+    def update(self, group: dict[str, Any]) -> None:
+        """Update the parameters of one group."""
+        shapes: dict[torch.Size, list[Tensor]] = {}
+        for p in group["params"]:
             if p.grad is not None:
-                shapes.setdefault(p.shape, []).append(name)
-        for shape, names in shapes.items():
-            params = [self.parameters[n] for n in names]
+                shapes.setdefault(p.shape, []).append(p)
+        lr, momentum = group["lr"], group["momentum"]
+        for shape, params in shapes.items():
             grads = [p.grad for p in params]
-            moments = [self.moments[n] for n in names]
-            torch._foreach_lerp_(moments, grads, 1.0 - self.momentum)
-            ahead = torch._foreach_lerp(grads, moments, self.momentum)
-            lr = self.lr * scale
-            if self.weight_decay:
-                torch._foreach_mul_(params, 1.0 - lr * self.weight_decay)
+            moments = [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(moments, grads, 1.0 - momentum)
+            ahead = torch._foreach_lerp(grads, moments, momentum)
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1.0 - lr * group["weight_decay"])
             rate = -lr * max(1.0, shape[0] / shape[1]) ** 0.5
-            for p, update in zip(params, orthogonalise(torch.stack(ahead)), strict=True):
+            for p, update in zip(params, orthogonalize(torch.stack(ahead)), strict=True):
                 p.add_(update, alpha=rate)

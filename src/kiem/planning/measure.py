@@ -25,9 +25,11 @@ from kiem.config.run import RunConfig, TrainConfig
 from kiem.data.loader import Batch
 from kiem.model.transformer import Transformer
 from kiem.optim.groups import build_optimizer
+from kiem.optim.schedule import set_lr
 from kiem.planning.count import flops_per_token
 from kiem.planning.memory import memory
-from kiem.training.step import loss_sum, train_step
+from kiem.training.objective import NextToken
+from kiem.training.step import train_step
 
 EXPECTED_SHARE = 0.5  # of the matrix-product rate, for the estimates that decide what is timed
 WHOLE_SECONDS = 0.8  # a micro-step that is estimated shorter is timed on the whole model
@@ -128,17 +130,18 @@ def _time_steps(
     model.initialise(config.seed, config.train.init).to(device).train()
     optimizer = build_optimizer(model, config.train)
     batch = _random_batch(shape, rows).to(device)
-    apart = not config.data.cross_document_attention
+    objective = NextToken(documents_apart=not config.data.cross_document_attention)
 
     def step() -> None:
-        train_step(model, optimizer, [batch] * parts, config.train, 0, apart)
+        train_step(objective, model, optimizer, [batch] * parts, config.train, 0)
 
     def update() -> None:
-        optimizer.step(1.0)
+        set_lr(optimizer, 1.0)
+        optimizer.step()
 
     @torch.no_grad()
     def evaluation() -> None:
-        loss_sum(model, batch, apart)
+        objective.loss(model, batch)
 
     step()  # the first is slow: memory is new, kernels are chosen
     of_step, of_update = (_seconds(action, device, repetitions) for action in (step, update))

@@ -9,7 +9,7 @@ import torch
 from kiem.data.loader import IGNORE, validation_batches
 from kiem.data.shards import Dataset
 from kiem.model.transformer import Transformer
-from kiem.training.step import loss_sum
+from kiem.training.objective import NextToken, Objective
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,26 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, dataset: Dataset, batch_tokens: int, max_tokens: int | None = None, documents_apart: bool = True
+    model: Transformer,
+    dataset: Dataset,
+    batch_tokens: int,
+    max_tokens: int | None = None,
+    objective: Objective | None = None,
 ) -> Evaluation:
     """Loss over the dataset's held-out text in windows of the model's context, each token predicted once.
 
     batch_tokens: of one forward pass. max_tokens: only about so many tokens, evenly spread, the same every time.
-    Ends of text are predicted too; they stand for no bytes. documents_apart: as in training.
+    Ends of text are predicted too; they stand for no bytes. objective: as in training,
+    by default NextToken.
     """
     began, was_training = time.perf_counter(), model.training
+    objective = objective or NextToken()
     model.eval()
-    device, context = model.tok_emb.weight.device, model.config.context_length
+    device, context = model.device, model.config.context_length
     nats, tokens, n_bytes = 0.0, 0, 0
     try:
         for batch in validation_batches(dataset.validation, context, max(1, batch_tokens // context), max_tokens):
-            nats += loss_sum(model, batch.to(device), documents_apart).item()
+            nats += objective.loss(model, batch.to(device))[0].item()
             targets = batch.targets_BT[batch.targets_BT != IGNORE].numpy()
             tokens += len(targets)
             n_bytes += int(dataset.tokenizer.token_bytes[targets].sum())

@@ -6,6 +6,7 @@ poisoned state never becomes the newest checkpoint. `first_nonfinite` runs once,
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -13,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kiem.data.loader import Batch
 from kiem.errors import NumericsError
-from kiem.training.step import loss_sum
+from kiem.training.objective import Objective
 
 START = 16  # values that say where the run began
 WINDOW = 64  # calm values that say where it is now
@@ -176,20 +176,24 @@ def _nonfinite_text(tensor: Tensor) -> str:
     return f"{' and '.join(parts)} in {tensor.numel()} values, first at {place}"
 
 
-def first_nonfinite(model: nn.Module, batch: Batch, documents_apart: bool = True) -> str:
+def first_nonfinite(objective: Objective, model: nn.Module, batch: Any) -> str:
     """Name the first place where this batch's numbers stop being finite: a parameter, a module's output, or a gradient.
 
     Repeats forward and backward with hooks, in eager mode; random state, parameters and their `.grad` are as before. To
-    be called after a failure, with the step's `documents_apart`: it reads every intermediate result.
+    be called after a failure, with the step's objective: it reads every intermediate result.
     """
     broken = nonfinite(dict(model.named_parameters())) + nonfinite(dict(model.named_buffers()))
     if broken:
         return f"before the forward pass: {'; '.join(broken[:5])}"
     search = _Search(model)
     devices = [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]
-    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), torch.enable_grad():
-        with search.forward_hooks():
-            loss = loss_sum(model, batch, documents_apart) / max(batch.n_valid, 1)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.enable_grad())
+        # Over backward too: blocks that are computed again must take the same path.
+        stack.enter_context(search.forward_hooks())
+        loss = objective.loss(model, batch)[0] / max(objective.weight(batch), 1.0)
         search.label(loss.grad_fn, "the loss")
         if search.found is None and (text := _nonfinite_text(loss)):
             search.found = f"forward: the loss has {text}; every module's output is finite"

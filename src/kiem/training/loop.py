@@ -20,9 +20,11 @@ from kiem.data.shards import Dataset
 from kiem.errors import NumericsError, Stopped
 from kiem.model.transformer import Transformer
 from kiem.optim.groups import build_optimizer
+from kiem.optim.state import load_state_tensors, state_tensors
 from kiem.runs import checkpoint, metrics
 from kiem.training import guard
 from kiem.training.evaluate import Evaluation, evaluate
+from kiem.training.objective import NextToken
 from kiem.training.progress import Progress
 from kiem.training.step import StepResult, train_step
 
@@ -80,7 +82,7 @@ class Trainer:
         self.config, self.folder, self.dataset = config, folder, dataset
         self.sampler, self.listener = sampler, listener
         self.train, context = config.train, config.model.context_length
-        self.documents_apart = not config.data.cross_document_attention
+        self.objective = NextToken(documents_apart=not config.data.cross_document_attention)
         self.device = runtime.select_device(config.device)
         dtype = runtime.select_precision(self.train.precision, self.device)
         self.loader = Loader(dataset, context, self.train.batch_tokens // context, config.seed)
@@ -93,16 +95,12 @@ class Trainer:
                 block.compile(dynamic=False)
         runtime.seed_everything(config.seed)
         self.watch = guard.Watch()
-        self.step, self.stop_signal = 0, None
+        self.step, self.tokens = 0, 0  # updates done, training tokens seen
+        self.stop_signal = None
         self.log = metrics.MetricsLog(folder / "metrics.jsonl")
         self.samples = metrics.JsonLines(folder / "samples.jsonl")
         self.matmul_rate = runtime.matmul_rate(self.device, dtype)
         self.flops_per_token = flops_per_token
-
-    @property
-    def tokens(self) -> int:
-        """Training tokens seen."""
-        return self.step * self.train.batch_tokens
 
     def run(self, progress: Progress, notes: list[str]) -> Evaluation:
         """From where `restore` left off to the end. `notes` are shown first."""
@@ -145,12 +143,11 @@ class Trainer:
         batch = self.loader.batch(self.step).to(self.device)
         micro_batches = batch.micro(self.train.micro_batch_tokens // self.config.model.context_length)
         try:
-            result = train_step(
-                self.model, self.optimizer, micro_batches, self.train, self.tokens, self.documents_apart
-            )
+            result = train_step(self.objective, self.model, self.optimizer, micro_batches, self.train, self.tokens)
         except NumericsError as problem:
             raise self.explained(problem, batch, micro_batches) from problem
         self.step += 1
+        self.tokens += batch.tokens_BT.numel()
         self.progress.step(self.record("step", **self.step_numbers(result, time.perf_counter() - began)))
         verdict = self.watch.add(self.step, result.loss, result.grad_norm)
         if verdict is not None and verdict.stop:
@@ -181,7 +178,7 @@ class Trainer:
 
     def explained(self, problem: NumericsError, batch: Batch, micro_batches: list[Batch]) -> NumericsError:
         """The refusal of a step with its place: step, documents, the first operation that is not finite."""
-        causes = (guard.first_nonfinite(self.model, part, self.documents_apart) for part in micro_batches)
+        causes = (guard.first_nonfinite(self.objective, self.model, part) for part in micro_batches)
         cause = next((c for c in causes if not c.startswith("not found")), "not found in a repetition of the step")
         reason = (
             f"step {self.step + 1}: {problem}. First place: {cause}. Documents of the batch: {_some(batch.documents)}"
@@ -192,7 +189,7 @@ class Trainer:
         return NumericsError(f"{reason}. {kept}. Lower train.lr, or train in float32, if this comes back.")
 
     def measured(self, max_tokens: int | None) -> Evaluation:
-        return evaluate(self.model, self.dataset, self.train.micro_batch_tokens, max_tokens, self.documents_apart)
+        return evaluate(self.model, self.dataset, self.train.micro_batch_tokens, max_tokens, self.objective)
 
     def evaluate(self, max_tokens: int | None) -> Evaluation:
         """Held-out loss, recorded and shown."""
@@ -223,7 +220,7 @@ class Trainer:
         began = time.perf_counter()
         groups = {
             "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state_tensors(),
+            "optimizer": state_tensors(self.optimizer, self.model),
             "random": runtime.random_state(),
         }
         guard.require_finite({"weight": groups["model"], "optimizer": groups["optimizer"]}, f"step {self.step}")
@@ -254,10 +251,10 @@ class Trainer:
                     "the text or the tokenizer has changed. Restore it, or start a new run"
                 )
             checkpoint.restore(self.model.state_dict(), tensors["model"], path, "model")
-            self.optimizer.load_state_tensors(tensors["optimizer"])
+            load_state_tensors(self.optimizer, self.model, tensors["optimizer"])
             runtime.set_random_state(tensors["random"])
             self.watch = guard.Watch(state["watch"])
-            self.step = state["step"]
+            self.step, self.tokens = state["step"], state["tokens"]
             notes.append(f"resumed from {path.name}")
         elif problems:
             notes.append("no whole checkpoint is left: training starts from the beginning")

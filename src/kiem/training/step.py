@@ -1,83 +1,74 @@
 """The mathematics of one update. No input, no output."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor, nn
 
 from kiem.config.run import TrainConfig
-from kiem.data.loader import Batch
 from kiem.errors import NumericsError
-from kiem.model.ops.cross_entropy import linear_cross_entropy
-from kiem.model.transformer import Transformer
-from kiem.optim.groups import Optimizer
-from kiem.optim.schedule import lr_scale
+from kiem.optim.schedule import lr_scale, set_lr
+from kiem.parallel.ranks import Ranks
+from kiem.training.objective import Objective
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: nats per valid token over the whole step; grad_norm: global 2-norm before clipping; lr_scale: 0..1."""
+    """loss: loss sum over weight of the whole step (nats per valid token); weight: that weight; grad_norm: global
+    2-norm before clipping; lr_scale: 0..1; metrics: the objective's, divided by the weight."""
 
     loss: float
-    tokens: int
+    weight: float
     grad_norm: float
     lr_scale: float
-
-
-def loss_sum(model: Transformer, batch: Batch, documents_apart: bool = True) -> torch.Tensor:
-    """Sum of the cross-entropy in nats over the batch's valid targets.
-
-    documents_apart: attention and positions begin anew at each document; else a row is one text.
-    """
-    packing = (batch.positions_BT, batch.docs_BT) if documents_apart else (None, None)
-    x_BTD = model.features(batch.tokens_BT, *packing)
-    return linear_cross_entropy(x_BTD.flatten(0, 1), model.head_weight, batch.targets_BT.flatten())
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def train_step(
-    model: Transformer,
-    optimizer: Optimizer,
-    micro_batches: Sequence[Batch],
-    train: TrainConfig,
+    objective: Objective,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Any],
+    settings: TrainConfig,
     tokens_seen: int,
-    documents_apart: bool = True,
+    ranks: Ranks | None = None,
 ) -> StepResult:
-    """Forward and backward over all micro-batches, then one update.
+    """Forward and backward over all micro-batches, then one update at the learning rate of `tokens_seen`.
 
-    The loss is the sum over valid tokens divided by the number of valid tokens in the whole step, over micro-batches
-    and ranks, so that no split of the batch changes it. Raises NumericsError, before anything is updated, if the loss
-    or the gradient is not finite; the gradients are left in place for the search for the cause.
+    The loss is the objective's sum divided by its weight in the whole step, over micro-batches and ranks, so that no
+    split of the batch changes it. Ranks: `micro_batches` are this rank's, the model is whole on each, and gradients are
+    summed over them here. Raises NumericsError, before anything is updated, if the loss or the gradient is not finite;
+    the gradients are left in place for the search for the cause.
     """
+    ranks = ranks or Ranks()
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
-    valid = _sum_over_ranks(
-        torch.tensor(float(sum(b.n_valid for b in micro_batches)), dtype=torch.float64, device=device)
-    )
-    optimizer.zero_grad()
+    weight = torch.tensor(sum(map(objective.weight, micro_batches)), dtype=torch.float64, device=device)
+    ranks.sum_(weight)
+    optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), dtype=torch.float32, device=device)
+    metrics: dict[str, Tensor] = {}
     for batch in micro_batches:
-        loss = loss_sum(model, batch, documents_apart) / valid.float()
+        loss_sum, _, more = objective.loss(model, batch)
+        loss = loss_sum / weight.float()
         loss.backward()
         total += loss.detach()
+        for name, value in more.items():
+            metrics[name] = metrics.get(name, 0.0) + value / weight.float()
     gradients = [p.grad for p in parameters if p.grad is not None]
-    for gradient in gradients:
-        _sum_over_ranks(gradient)
-    total = _sum_over_ranks(total)
+    for tensor in (*gradients, total, *metrics.values()):
+        ranks.sum_(tensor)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     loss_value, norm_value = total.item(), norm.item()
     if not torch.isfinite(total + norm):
         what = "loss" if not torch.isfinite(total) else "gradient norm"
         raise NumericsError(f"the {what} is {loss_value if what == 'loss' else norm_value}: the update was refused")
-    if train.max_grad_norm and norm_value > train.max_grad_norm:
-        torch._foreach_mul_(gradients, train.max_grad_norm / norm_value)
-    scale = lr_scale(tokens_seen, train)
-    optimizer.step(scale)
-    return StepResult(loss_value, int(valid.item()), norm_value, scale)
-
-
-def _sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """In-place sum over data-parallel ranks; itself when there is one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+    if settings.max_grad_norm and norm_value > settings.max_grad_norm:
+        torch._foreach_mul_(gradients, settings.max_grad_norm / norm_value)
+    scale = lr_scale(tokens_seen, settings)
+    set_lr(optimizer, scale)
+    optimizer.step()
+    found = {name: value.item() for name, value in metrics.items()}
+    return StepResult(loss_value, weight.item(), norm_value, scale, found)

@@ -3,24 +3,51 @@
 Shapes: N positions, D embedding, V vocabulary.
 
 The logits of N positions are N*V numbers: for GPT-2 at 2x1024 tokens 412 MB, held up to four times (logits,
-log-softmax,
-and a gradient of each). Here rows are taken a chunk at a time, and the gradient of a chunk is made while its logits
-are at hand: softmax minus one-hot, times the head, forward and backward in three matrix products, none repeated.
+log-softmax, and a gradient of each). Here rows are taken a chunk at a time, and the gradient of a chunk is made while
+its logits are at hand: softmax minus one-hot, times the head, forward and backward in three matrix products, none
+repeated.
 (The idea: Wijmans et al. 2024, arXiv:2411.09009, and Hsu et al. 2024, arXiv:2410.10989.)
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
 CHUNK_ELEMENTS = 1 << 24  # of logits in one chunk (64 MiB in float32): measured flat from 2^22 to 2^25 on CPU
 
 
 def linear_cross_entropy_plain(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """The definition: sum over positions with a target of -log softmax(x @ weight.T)[target], in nats, in float32."""
-    logits_NV = F.linear(x_ND, weight_VD.to(x_ND.dtype)).float()
+    """The reference: sum over positions with a target of -log softmax(x @ weight.T)[target], in nats, in float32."""
+    logits_NV = at_least_float32(F.linear(x_ND, weight_VD.to(x_ND.dtype)))
     return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction="sum")
+
+
+def cross_entropy_of(head: Callable[[Tensor], Tensor], x_ND: Tensor, targets_N: Tensor, vocab_size: int) -> Tensor:
+    """-log softmax(head(x))[target] of each position in nats, float32 (N,); 0 where the target is -100.
+
+    For a head of any kind, which is called as a layer is called. If the logits would be large, the positions go through
+    it a chunk at a time, and for a gradient each chunk is computed again in backward.
+    """
+    rows = max(1, CHUNK_ELEMENTS // vocab_size)
+    if len(x_ND) <= rows:
+        return _nats(head, x_ND, targets_N)
+    parts = list(zip(x_ND.split(rows), targets_N.split(rows), strict=True))
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(_nats, head, *part, use_reentrant=False) for part in parts])
+    return torch.cat([_nats(head, *part) for part in parts])
+
+
+def _nats(head: Callable[[Tensor], Tensor], x_ND: Tensor, targets_N: Tensor) -> Tensor:
+    return F.cross_entropy(at_least_float32(head(x_ND)), targets_N, ignore_index=IGNORE, reduction="none")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """A narrower float type becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:

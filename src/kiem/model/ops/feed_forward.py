@@ -13,23 +13,30 @@ from torch import Tensor
 
 
 def gelu_linear_plain(h_NF: Tensor, weight_DF: Tensor, bias_D: Tensor | None, approximate: str) -> Tensor:
-    """The definition: gelu(h) @ weight.T + bias."""
+    """The reference: gelu(h) @ weight.T + bias, all in one data type."""
     return F.linear(F.gelu(h_NF, approximate=approximate), weight_DF, bias_D)
 
 
 def swiglu_linear_plain(gate_NF: Tensor, up_NF: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
-    """The definition: (silu(gate) * up) @ weight.T + bias."""
+    """The reference: (silu(gate) * up) @ weight.T + bias, all in one data type."""
     return F.linear(F.silu(gate_NF) * up_NF, weight_DF, bias_D)
 
 
 def gelu_linear(h_NF: Tensor, weight_DF: Tensor, bias_D: Tensor | None, approximate: str) -> Tensor:
-    """gelu_linear_plain that keeps h and not gelu(h). approximate: 'tanh' or 'none'. Any number of leading axes."""
-    return _GeluLinear.apply(h_NF, weight_DF, bias_D, approximate)
+    """gelu_linear_plain that keeps h and not gelu(h), in the data type of h. approximate: 'tanh' or 'none'.
+
+    Any number of leading axes; weight and bias in any float type."""
+    return _GeluLinear.apply(h_NF, *_cast(h_NF.dtype, weight_DF, bias_D), approximate)
 
 
 def swiglu_linear(gate_NF: Tensor, up_NF: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
-    """swiglu_linear_plain that keeps gate and up and nothing else. Any number of leading axes."""
-    return _SwigluLinear.apply(gate_NF, up_NF, weight_DF, bias_D)
+    """swiglu_linear_plain that keeps gate and up and nothing else, in their data type. Any number of leading axes;
+    weight and bias in any float type."""
+    return _SwigluLinear.apply(gate_NF, up_NF, *_cast(up_NF.dtype, weight_DF, bias_D))
+
+
+def _cast(dtype: torch.dtype, weight_DF: Tensor, bias_D: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight_DF.to(dtype), None if bias_D is None else bias_D.to(dtype)
 
 
 def _linear_backward(ctx, grad_ND: Tensor, a_NF: Tensor) -> tuple[Tensor, Tensor | None]:
