@@ -1,4 +1,4 @@
-"""Equal to transformers' GPT-2, Llama and Qwen3: logits, loss and every gradient, on random small configs.
+"""Equal to transformers' GPT-2, Llama, Mistral, Qwen2, Qwen3: logits, loss and every gradient, on random small configs.
 
 transformers runs its eager attention, in float32, with the same weights. Errors are norm-wise per tensor. The bound is
 160 units of float32's rounding (6e-8): the same sums are taken in another order, and the layers amplify that.
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kiem.config.families import from_hf_config
 from kiem.config.model import ModelConfig
 from kiem.interop.families import family_of, to_hf_config
 from kiem.interop.hf import to_hf_state
@@ -41,15 +42,26 @@ def random_config(family: str, seed: int) -> ModelConfig:
     }
     if family == "gpt2":
         activation = r.choice(["gelu_tanh", "gelu"])
-        return ModelConfig(**fields, activation=activation, qkv_bias=r.random() < 0.5, bias=r.random() < 0.8)
+        biases = {"qkv_bias": r.random() < 0.5, "bias": r.random() < 0.8, "norm_bias": r.random() < 0.8}
+        return ModelConfig(**fields, activation=activation, **biases)
     fields |= ROPE | {
         "n_kv_heads": r.choice([d for d in range(1, n_heads + 1) if n_heads % d == 0]),
         "head_dim": r.choice([4, 8, 14] if family == "qwen3" else [2, 4, 8, 14]),  # the same for its norm over a head
         "rope_base": r.choice([100.0, 10_000.0, 1e6]),
-        "qkv_bias": r.random() < 0.5,
-        "bias": family == "llama" and r.random() < 0.5,
+        "qkv_bias": family == "qwen2" or r.random() < 0.5,
+        "bias": False,
         "qk_norm": family == "qwen3",
     }
+    if family == "llama" and (fields["qkv_bias"] or r.random() < 0.5):  # q, k and v alone have one in qwen2
+        fields["bias"] = True
+    fields |= r.choice(
+        [
+            {},
+            {"rope_scaling": "linear", "rope_factor": 4.0},
+            {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_context_length": 12},
+            {"rope_scaling": "llama3", "rope_factor": 32.0, "rope_low_freq_factor": 0.5, "rope_high_freq_factor": 2.0},
+        ]
+    )
     return ModelConfig(**fields)
 
 
@@ -90,7 +102,7 @@ def labels_with_gaps(tokens_BT: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "llama", "qwen3"])
 def test_logits_loss_and_gradients(family, seed):
     config = random_config(family, seed)
     assert family_of(config) == family
@@ -137,7 +149,7 @@ def has_bias(config: ModelConfig, name: str) -> bool:
     """Whether a bias of transformers' model is one of ours too (else it is held at zero and has no gradient here)."""
     if any(part in name for part in ("c_attn", "q_proj", "k_proj", "v_proj")):
         return config.qkv_bias
-    return config.bias or "ln_" in name
+    return config.norm_bias if "ln_" in name else config.bias
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -163,7 +175,47 @@ def test_rotary_angles_far_into_the_context(family):
         assert error(model(tokens_BT, positions_BT=positions_BT), reference) < BOUND
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+SCALED = {
+    "llama 3.2": {"rope_scaling": "llama3", "rope_factor": 32.0, "rope_original_context_length": 8192},
+    "linear": {"rope_scaling": "linear", "rope_factor": 16.0},
+}
+
+
+@pytest.mark.parametrize("scaling", SCALED)
+def test_stretched_rotary_angles_far_into_the_context(scaling):
+    """As Llama 3.2: heads of 64, base 500,000, a context of 131,072 stretched from 8,192."""
+    config = ModelConfig(
+        vocab_size=50, context_length=131_072, emb_dim=64, n_heads=1, n_layers=1, bias=False, rope_base=5e5,
+        **ROPE, **SCALED[scaling],
+    )  # fmt: skip
+    model = random_model(config, 0).eval()
+    tokens_BT = torch.randint(50, (1, 48), generator=torch.Generator().manual_seed(0))
+    starts = (0, 5_000, 131_056)
+    positions_BT = torch.cat([torch.arange(start, start + 16) for start in starts])[None]
+    plain = Transformer(config.model_copy(update={"rope_scaling": "none"})).eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        reference = theirs(model).eval()(tokens_BT, position_ids=positions_BT).logits
+        assert error(model(tokens_BT, positions_BT=positions_BT), reference) < BOUND
+        assert error(plain(tokens_BT, positions_BT=positions_BT), reference) > 100 * BOUND
+
+
+@pytest.mark.parametrize("window", [None, 24, 4096])
+def test_mistral_whose_window_holds_the_context(window):
+    hf = to_hf_config(random_config("llama", 1)) | {"model_type": "mistral", "max_position_embeddings": 24}
+    hf |= {"sliding_window": window, "attention_bias": False, "mlp_bias": False}
+    config = from_hf_config(hf)
+    model = random_model(config, 0).eval()
+    theirs_hf = transformers.AutoConfig.for_model(**hf, bos_token_id=0, eos_token_id=0)
+    other = transformers.AutoModelForCausalLM.from_config(theirs_hf, attn_implementation="eager", dtype=torch.float32)
+    other.load_state_dict(to_hf_state(model), strict=False)
+    other.tie_weights()
+    tokens_BT = random_tokens(config, 0)
+    with torch.no_grad():
+        assert error(model(tokens_BT), other.eval()(tokens_BT).logits) < BOUND
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "llama", "qwen3"])
 def test_with_a_key_value_cache(family):
     """One token at a time with our cache is the whole text at once with theirs."""
     config = random_config(family, 3)

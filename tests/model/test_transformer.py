@@ -26,7 +26,7 @@ def shapes(model):
 @pytest.mark.parametrize(("base", "field", "value"), [
     (GPT2, "vocab_size", 51), (GPT2, "context_length", 17), (GPT2, "emb_dim", 28), (GPT2, "n_layers", 3),
     (GPT2, "qkv_bias", True), (GPT2, "hidden_dim", 50),
-    (GPT2, "n_kv_heads", 2), (GPT2, "head_dim", 8), (GPT2, "norm", "rmsnorm"),
+    (GPT2, "n_kv_heads", 2), (GPT2, "head_dim", 8), (GPT2, "norm", "rmsnorm"), (GPT2, "norm_bias", False),
     (GPT2, "activation", "swiglu"), (GPT2, "position", "rope"), (GPT2, "qk_norm", True), (GPT2, "bias", False),
     (GPT2, "tie_embeddings", False),
 ])  # fmt: skip

@@ -121,7 +121,9 @@ def models(draw):
         qk_norm=draw(st.booleans()),
         tie_embeddings=draw(st.booleans()),
         position="rope" if rope else "learned",
-        norm=draw(st.sampled_from(["layernorm", "rmsnorm"])),
+        **draw(
+            st.sampled_from([{"norm": "rmsnorm"}, {"norm": "layernorm"}, {"norm": "layernorm", "norm_bias": False}])
+        ),
         drop_rate=draw(st.sampled_from([0.0, 0.1])),
         activation=draw(st.sampled_from(["gelu", "gelu_tanh", "swiglu"])),
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kiem.config.model import ModelConfig
 from kiem.errors import CheckpointError
-from kiem.interop.families import Family, Weight, require_family, to_hf_config
+from kiem.interop.families import NO_WEIGHT, WEIGHTS, Family, Weight, require_family, to_hf_config
 from kiem.model.transformer import Transformer
 
 
@@ -40,7 +40,7 @@ def from_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str,
     family = require_family(config)
     with torch.device("meta"):
         expected = {name: p.shape for name, p in Transformer(config).state_dict().items()}
-    rest = {name: tensor for name, tensor in state.items() if not name.endswith(family.ignored or ("\0",))}
+    rest = {name: tensor for name, tensor in state.items() if not name.endswith(NO_WEIGHT[family.name])}
     ours = {}
     for weight, kiem, hf in _modules(family, config):
         for kind in ("weight", "bias"):
@@ -68,7 +68,7 @@ def from_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str,
 
 def _modules(family: Family, config: ModelConfig) -> Iterator[tuple[Weight, list[str], str]]:
     """Every module of the model: its row of the table, Kiem's module names, the Hugging Face module name."""
-    for weight in family.weights:
+    for weight in WEIGHTS[family.name]:
         if weight.untied and config.tie_embeddings:
             continue
         for i in range(config.n_layers if "{i}" in weight.hf else 1):

@@ -13,12 +13,30 @@ from kiem.model.layers import Linear, RMSNorm
 from kiem.model.ops.rotary import rotate
 
 
-def rotary_tables(positions_BT: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2i/K), each (B, T, 1, K/2): Su et al. 2021, arXiv:2104.09864. Angles in
-    float32."""
+def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Radians per position of each pair of a head, (K/2,) in float32: base^(-2i/K) (Su et al. 2021, arXiv:2104.09864).
+
+    config.rope_scaling stretches them to a context that is rope_factor times as long. linear: all of them (Chen et al.
+    2023, arXiv:2306.15595). llama3: wavelengths above original context / rope_low_freq_factor, none below original
+    context / rope_high_freq_factor, and between them a mixture (Llama 3.1, arXiv:2407.21783).
+    """
     # The reciprocal is rounded as transformers rounds it: another rounding moves logits by 5e-4 at position 131,072.
-    index_K = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device)
-    angle_BTK = positions_BT[:, :, None].float() * (1.0 / base ** (index_K / head_dim))
+    index_K = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    frequency_K = 1.0 / config.rope_base ** (index_K / config.head_dim)
+    if config.rope_scaling == "none":
+        return frequency_K
+    stretched_K = frequency_K / config.rope_factor
+    if config.rope_scaling == "linear":
+        return stretched_K
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns_K = config.rope_original_context_length / (2 * torch.pi / frequency_K)  # within the original context
+    kept_K = ((turns_K - low) / (high - low)).clamp(0, 1)
+    return (1 - kept_K) * stretched_K + kept_K * frequency_K
+
+
+def rotary_tables(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, each (B, T, 1, K/2). Angles in float32."""
+    angle_BTK = positions_BT[:, :, None].float() * rotary_frequencies(config, positions_BT.device)
     return angle_BTK.cos()[:, :, None].to(dtype), angle_BTK.sin()[:, :, None].to(dtype)
 
 

@@ -88,7 +88,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
     """The norm of the residual stream."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.emb_dim, config.norm_eps)
-    return LayerNorm(config.emb_dim, config.norm_eps)
+    return LayerNorm(config.emb_dim, config.norm_eps, config.norm_bias)
 
 
 class FeedForward(nn.Module):

@@ -165,7 +165,7 @@ class Transformer(nn.Module):
         if self.config.position == "learned":
             x_BTD = x_BTD + self.pos_emb(positions_BT)
         else:
-            rotary = rotary_tables(positions_BT, self.config.head_dim, self.config.rope_base, self.compute_dtype)
+            rotary = rotary_tables(positions_BT, self.config, self.compute_dtype)
         x_BTD = self.drop(x_BTD.to(self.compute_dtype))
         mask = self._mask(tokens_BT, docs_BT, cache, valid_BT)
         for block in self.blocks:

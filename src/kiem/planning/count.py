@@ -20,7 +20,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
     block = dict(_block_shapes(model))
     for i in range(model.n_layers):
         shapes.update({f"blocks.{i}.{name}": shape for name, shape in block.items()})
-    shapes.update(_norm_shapes("final_norm", model.emb_dim, model.norm))
+    shapes.update(_norm_shapes("final_norm", model.emb_dim, model.norm_bias))
     if not model.tie_embeddings:
         shapes["head.weight"] = (model.vocab_size, model.emb_dim)
     return shapes
@@ -28,14 +28,14 @@ def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
 
 def _block_shapes(model: ModelConfig) -> Iterator[tuple[str, Shape]]:
     D, H, G, K, F = model.emb_dim, model.n_heads, model.n_kv_heads, model.head_dim, model.hidden_dim
-    yield from _norm_shapes("norm1", D, model.norm)
+    yield from _norm_shapes("norm1", D, model.norm_bias)
     for name, width in (("attn.q", H * K), ("attn.k", G * K), ("attn.v", G * K)):
         yield from _linear_shapes(name, width, D, model.qkv_bias)
     yield from _linear_shapes("attn.out", D, H * K, model.bias)
     if model.qk_norm:
-        yield from _norm_shapes("attn.q_norm", K, "rmsnorm")
-        yield from _norm_shapes("attn.k_norm", K, "rmsnorm")
-    yield from _norm_shapes("norm2", D, model.norm)
+        yield from _norm_shapes("attn.q_norm", K, bias=False)
+        yield from _norm_shapes("attn.k_norm", K, bias=False)
+    yield from _norm_shapes("norm2", D, model.norm_bias)
     for name in ("mlp.gate", "mlp.up") if model.activation == "swiglu" else ("mlp.up",):
         yield from _linear_shapes(name, F, D, model.bias)
     yield from _linear_shapes("mlp.down", D, F, model.bias)
@@ -47,9 +47,9 @@ def _linear_shapes(name: str, out: int, into: int, bias: bool) -> Iterator[tuple
         yield f"{name}.bias", (out,)
 
 
-def _norm_shapes(name: str, width: int, kind: str) -> Iterator[tuple[str, Shape]]:
+def _norm_shapes(name: str, width: int, bias: bool) -> Iterator[tuple[str, Shape]]:
     yield f"{name}.weight", (width,)
-    if kind == "layernorm":
+    if bias:
         yield f"{name}.bias", (width,)
 
 
@@ -105,7 +105,7 @@ def flops_per_token(model: ModelConfig, context_length: int | None = None) -> Fl
 
     Attention: scores and their product with the values are 2*H*K each per pair of query and key. Causal attention is
     counted as it is computed: a token at position t sees t+1 keys, (T+1)/2 on average. PaLM and nanoGPT count all T,
-    about twice as many. Norms, activations, softmax, the optimiser, and what is computed a second time (activation
+    about twice as many. Norms, activations, softmax, the optimizer, and what is computed a second time (activation
     checkpointing, scores inside fused attention) do not count: these are FLOPs of the model, not of one way to run it.
     """
     length = min(context_length or model.context_length, model.context_length)

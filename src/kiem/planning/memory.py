@@ -28,7 +28,7 @@ class Memory:
     optimizer: int  # moments, kept between steps
     activations: int  # kept from forward to backward, for one micro-batch
     loss: int  # the chunk of logits and the gradients made with it
-    update: int  # what the optimiser takes for a moment
+    update: int  # what the optimizer takes for a moment
     batch: int  # the step's tokens and targets
     peak: int
 
