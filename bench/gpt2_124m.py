@@ -1,8 +1,8 @@
 """GPT-2 124M training on this machine: Kiem beside transformers' GPT2LMHeadModel with torch's AdamW.
 
-    python bench/gpt2_124m.py [--rounds 3] [--steps 3] [--drop-rate 0.0] [--json]
+    python bench/gpt2_124m.py [--device cpu] [--batch 2] [--rounds 3] [--steps 3] [--drop-rate 0.0] [--json]
 
-Batch 2 x 1024 tokens. Each variant runs in a process of its own, in turn, `rounds` times; figures are medians over
+Batch 2 x 1024 tokens by default. Each variant runs in a process of its own, in turn, `rounds` times; figures are medians over
 rounds of the median step, and ratios are taken within a round. Peak memory is the process's highest resident set, with
 everything in it. Both sides get the same random tokens; the same loss is asserted by tests/model/test_parity.py.
 """
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-BATCH, CONTEXT, VOCAB = 2, 1024, 50257
+CONTEXT, VOCAB = 1024, 50257
 VARIANTS = (
     "transformers float32",
     "transformers bfloat16 autocast",
@@ -25,17 +25,17 @@ VARIANTS = (
 )
 
 
-def transformers_step(precision: str, drop_rate: float):
+def transformers_step(precision: str, device: str, rows: int, drop_rate: float):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), drop_rate)
-    model = GPT2LMHeadModel(GPT2Config(**drops)).train()
+    model = GPT2LMHeadModel(GPT2Config(**drops)).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens = torch.randint(0, VOCAB, (BATCH, CONTEXT))
+    tokens = torch.randint(0, VOCAB, (rows, CONTEXT), device=device)
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
             loss = model(tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -45,7 +45,7 @@ def transformers_step(precision: str, drop_rate: float):
     return step
 
 
-def kiem_step(precision: str, optimizer_name: str, drop_rate: float):
+def kiem_step(precision: str, optimizer_name: str, device: str, rows: int, drop_rate: float):
     import torch
 
     from kiem import runtime
@@ -58,27 +58,27 @@ def kiem_step(precision: str, optimizer_name: str, drop_rate: float):
     from kiem.training.step import train_step
 
     runtime.set_up_process()
-    size = BATCH * CONTEXT
+    size = rows * CONTEXT
     train = TrainConfig(
         tokens=100 * size, batch_tokens=size, micro_batch_tokens=size, optimizer=optimizer_name, precision=precision
     )
     model_config = PRESETS["gpt2-124m"].model_copy(update={"drop_rate": drop_rate})
     config = resolve(RunConfig(model=model_config, train=train), VOCAB)
-    model = Transformer(config.model, getattr(torch, precision)).initialise(0, config.train.init)
+    model = Transformer(config.model, getattr(torch, precision)).initialise(0, config.train.init).to(device)
     optimizer = build_optimizer(model, config.train)
-    tokens = torch.randint(0, VOCAB, (BATCH, CONTEXT + 1))
-    positions = torch.arange(CONTEXT).expand(BATCH, CONTEXT)
+    tokens = torch.randint(0, VOCAB, (rows, CONTEXT + 1), device=device)
+    positions = torch.arange(CONTEXT, device=device).expand(rows, CONTEXT)
     batch = Batch(
         tokens[:, :-1].contiguous(),
         tokens[:, 1:].contiguous(),
         positions,
-        torch.zeros(BATCH, CONTEXT, dtype=torch.int32),
+        torch.zeros(rows, CONTEXT, dtype=torch.int32, device=device),
         size,
     )
     return lambda: train_step(NextToken(), model, optimizer, [batch], config.train, 0)
 
 
-def run_one(variant: str, steps: int, drop_rate: float) -> dict:
+def run_one(variant: str, steps: int, device: str, rows: int, drop_rate: float) -> dict:
     import torch
 
     from kiem.runtime import memory_now, peak_memory
@@ -86,23 +86,30 @@ def run_one(variant: str, steps: int, drop_rate: float) -> dict:
     torch.manual_seed(0)
     who, precision, *rest = variant.split()
     step = (
-        transformers_step(precision, drop_rate) if who == "transformers" else kiem_step(precision, rest[0], drop_rate)
+        transformers_step(precision, device, rows, drop_rate)
+        if who == "transformers"
+        else kiem_step(precision, rest[0], device, rows, drop_rate)
     )
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     step()
     seconds = []
     for _ in range(steps):
+        wait()
         began = time.perf_counter()
         step()
+        wait()
         seconds.append(time.perf_counter() - began)
     return {
-        "tokens_per_second": BATCH * CONTEXT / statistics.median(seconds),
-        "peak_bytes": peak_memory(),
+        "tokens_per_second": rows * CONTEXT / statistics.median(seconds),
+        "peak_bytes": peak_memory(torch.device(device)),
         "rss_bytes": memory_now(),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, default=2, help="sequences of 1024 tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--drop-rate", type=float, default=0.0)
@@ -113,14 +120,14 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(run_one(args.one, args.steps, args.drop_rate)))
+        print(json.dumps(run_one(args.one, args.steps, args.device, args.batch, args.drop_rate)))
         return
     if args.variants is None:
         import torch
 
         from kiem.runtime import has_fast_bfloat16
 
-        fast = has_fast_bfloat16(torch.device("cpu"))
+        fast = has_fast_bfloat16(torch.device(args.device))
         args.variants = [v for v in VARIANTS if fast or "bfloat16" not in v]
     rounds = []
     for _ in range(args.rounds):
@@ -131,6 +138,10 @@ def main() -> None:
                 __file__,
                 "--one",
                 variant,
+                "--device",
+                args.device,
+                "--batch",
+                str(args.batch),
                 "--steps",
                 str(args.steps),
                 "--drop-rate",

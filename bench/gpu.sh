@@ -11,4 +11,4 @@ export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 "$python" -c 'import sys, torch; print(sys.version.split()[0], torch.__version__, torch.cuda.get_device_name())' || exit 1
 "$python" -m pytest -q -m gpu -p no:cacheprovider -p no:xdist --durations=5 tests/test_gpu.py 2>&1 | tee "$out/gpu-tests.txt"
 [ -n "$QUICK" ] && exit 0
-"$python" bench/gpu_step.py | tee "$out/gpu-step.txt"
+"$python" bench/gpt2_124m.py --device cuda --batch 16 --steps 10 --rounds 3 2>/dev/null | tee "$out/gpt2-124m.txt"
