@@ -2,9 +2,10 @@
 
     python bench/gpt2_124m.py [--device cpu] [--batch 2] [--rounds 3] [--steps 3] [--drop-rate 0.0] [--json]
 
-Batch 2 x 1024 tokens by default. Each variant runs in a process of its own, in turn, `rounds` times; figures are medians over
-rounds of the median step, and ratios are taken within a round. Peak memory is the process's highest resident set, with
-everything in it. Both sides get the same random tokens; the same loss is asserted by tests/model/test_parity.py.
+Batch 2 x 1024 tokens by default. Each variant runs in a process of its own, in turn, `rounds` times; figures are
+medians over rounds of the median step, and ratios are taken within a round. Peak memory is the process's highest
+resident set with everything in it; on a CUDA device, what was allocated there. Both sides get the same random tokens;
+that they compute the same loss is asserted by tests/model/test_parity.py.
 """
 
 import argparse
