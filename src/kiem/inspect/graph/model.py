@@ -71,6 +71,7 @@ class Value:
     name: str | None = None
     producer: int | None = None  # the op that made it; None: it came from outside
     output: int = 0  # which output of the producer
+    output_nr: int | None = None  # which gradient of the producer's node is its own; None: none was sent to it
     base: int | None = None  # the value it is a view of
     saved_by: list[int] = field(default_factory=list)  # ops whose backward keeps it
     stats: Stats | None = None

@@ -144,6 +144,7 @@ class ValueTable:
         while op is not None:
             if op.sequence is not None and op.sequence & LOW == sequence:
                 tensor.grad_fn.metadata[MADE_BY] = op  # whatever other threads call their nodes
+                shown.output_nr = tensor.output_nr
                 return (op.sequence, tensor.output_nr)
             shown = None if shown.base is None else self.graph.value(shown.base)
             op = None if shown is None or shown.producer is None else self.graph.op(shown.producer)

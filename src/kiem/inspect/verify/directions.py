@@ -25,7 +25,10 @@ def direction(op: Op, argument: str, x: Tensor, random: Random) -> Tensor:
     if structure == "symmetric":
         return (along + along.mT.conj()) / 2
     if structure == "triangular":
-        return along.triu() if op.attributes.get("upper") else along.tril()
+        along = along.triu() if op.attributes.get("upper") else along.tril()
+        if along.is_complex() and op.label in ("cholesky_solve", "cholesky_inverse"):  # LAPACK takes a real diagonal
+            along.diagonal(dim1=-2, dim2=-1).imag.zero_()
+        return along
     if structure == "normalised":
         return along - (x.exp() * along).sum(-1, keepdim=True)
     return without_padding(op, argument, along)

@@ -157,9 +157,18 @@ class _Check:
             raise failed if isinstance(failed, CannotReplay) else CannotReplay(str(failed).splitlines()[0][:160])
         self.cotangents = [
             None if g is None or not differentiable(y) else at_elements(widen(g).to(y.device), y)
-            for y, g in zip(laid_out, [*into, *[None] * len(self.outputs)], strict=False)
+            for y, g in zip(laid_out, self._arrived(into), strict=True)
         ]
         return laid_out
+
+    def _arrived(self, into: tuple) -> list[Tensor | None]:
+        """The gradient that arrived at each output: a node numbers only those outputs that autograd differentiates."""
+        if self.on_base:
+            return [into[0]]
+        numbers = [self.graph.values[v].output_nr for v in self.op.outputs]
+        if any(gradient is not None and n not in numbers for n, gradient in enumerate(into)):
+            numbers = list(range(len(numbers)))  # sent through what was not recorded
+        return [None if n is None or n >= len(into) else into[n] for n in numbers]
 
     def _gradients(self, step: Step, out: tuple) -> tuple[dict[int, Tensor | None], dict[int, str]]:
         """The gradient of each input value; of a value that comes in twice, the sum."""
@@ -267,15 +276,19 @@ class _Check:
         with torch.no_grad():
             outputs = self.function(inputs) if moved and self.wide else self.outputs
             inputs, outputs = {v: widen(x) for v, x in inputs.items()}, [widen(y) for y in outputs]
+            inputs = {v: written_out(with_elements(self.recorded[v], x)) for v, x in inputs.items()}
+            arguments = {n: inputs[v] for n, v in self.op.inputs}
             if noise:
                 outputs = [self._shake(y) for y in outputs]
-            inputs = {v: written_out(with_elements(self.recorded[v], x)) for v, x in inputs.items()}
-            call = rules.Call({n: inputs[v] for n, v in self.op.inputs}, self.op.attributes, tuple(outputs))
-            by_name = self.rule.vjp(call, tuple(cotangents))
+            if noise and len(inputs) < len(arguments):  # one tensor is two arguments, each rounded by itself: x / x
+                arguments = {n: self._shake(x) for n, x in arguments.items()}
+            by_name = self.rule.vjp(rules.Call(arguments, self.op.attributes, tuple(outputs)), tuple(cotangents))
         found: dict[int, Tensor] = {}
         for name, value in self.op.inputs:
             if value in self.got and by_name.get(name) is not None:
                 grad = at_elements(by_name[name], self.recorded[value]).to(inputs[value].device)
+                if noise and value in found:  # a sum whose terms may cancel
+                    grad, found[value] = self._shake(grad), self._shake(found[value])
                 found[value] = found[value] + grad if value in found else grad
         return {v: found.get(v, torch.zeros_like(self.inputs[v])) for v in self.got}
 
