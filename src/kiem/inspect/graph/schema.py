@@ -74,6 +74,24 @@ def signature(func: Any) -> Signature:
     )
 
 
+_LAZY = (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative, torch._C.DispatchKey.ZeroTensor)
+_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
+
+
+def run(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Call an operation from within a dispatch mode as it runs without one. torch leaves out there what reads tensors
+    that are conjugated or negated lazily, so that kernels made of such (`linalg.pinv`) give other numbers."""
+    left_out = [key for key in _LAZY if _excluded(key)]
+    for key in left_out:
+        _exclude(key, False)
+    try:
+        return func(*args, **kwargs)
+    finally:
+        for key in left_out:
+            _exclude(key, True)
+
+
 def generator_state(tensors: list[tuple[str, torch.Tensor]], kwargs: dict) -> torch.Tensor:
     """The state of the generator that a random operation is about to use."""
     generator = kwargs.get("generator")

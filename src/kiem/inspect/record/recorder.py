@@ -22,7 +22,7 @@ from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from kiem.inspect.graph.model import Failure, Graph, Op, Ref, Source, small_data, statistics
-from kiem.inspect.graph.schema import Signature, arrived, generator_state, signature
+from kiem.inspect.graph.schema import Signature, arrived, generator_state, run, signature
 from kiem.inspect.record import source
 from kiem.inspect.record.backward import BackwardHooks
 from kiem.inspect.record.functions import wrap_functions
@@ -30,6 +30,7 @@ from kiem.inspect.record.kept import Kept
 from kiem.inspect.record.passes import Folder
 from kiem.inspect.record.threads import Local, Numbers
 from kiem.inspect.record.values import ValueTable
+from kiem.inspect.verify.branches import MANY_VALUED
 from kiem.inspect.verify.precision import unit_of_products
 from kiem.inspect.verify.replay import flatten
 
@@ -108,12 +109,12 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self.note("What is captured in a CUDA graph cannot be looked at: it is not recorded.")
-            return func(*args, **kwargs)
+            return run(func, args, kwargs)
         if self.local.paused or len(self.graph.ops) >= MAX_OPS or not isinstance(func, torch._ops.OpOverload):
-            return func(*args, **kwargs)  # among them the higher-order operations, whose inside reaches us by itself
+            return run(func, args, kwargs)  # among them the higher-order operations, whose inside reaches us by itself
         sign = signature(func)
         if sign.asks:
-            return func(*args, **kwargs)
+            return run(func, args, kwargs)
         if self.backward.running and not torch.is_grad_enabled() and not self._inside_function():
             self.backward.kernels.append(str(func))
             return self._unrecorded(func, args, kwargs, [t for _, t in sign.written(args, kwargs)])
@@ -123,11 +124,11 @@ class Recorder(TorchDispatchMode):
         number = torch._C._autograd._get_sequence_nr()
         frame, region = self.lines.find(sys._getframe(2))
         if region == "backward" and not self.backward.running:
-            return func(*args, **kwargs)  # the 1 that a backward call begins with
+            return run(func, args, kwargs)  # the 1 that a backward call begins with
         place = (number, id(frame), frame.f_lasti if frame else 0)
         last = self.local.last
         if sign.detaches and last[:3] == place and (kept := self.table.seen(args[0])) in last[3]:
-            out = func(*args, **kwargs)  # autograd keeps a result of the operation before
+            out = run(func, args, kwargs)  # autograd keeps a result of the operation before
             self.table.show(out, kept)
             return out
         written = [t for _, t in sign.written(args, kwargs)]
@@ -139,7 +140,7 @@ class Recorder(TorchDispatchMode):
             self.graph.add_op(op)
             self._before_write(written)
         try:
-            out = func(*args, **kwargs)
+            out = run(func, args, kwargs)
         except Exception as error:
             if op is not None:
                 op.error = str(error)
@@ -160,7 +161,7 @@ class Recorder(TorchDispatchMode):
     def _unrecorded(self, func, args: tuple, kwargs: dict, written: list[torch.Tensor]):
         with self.lock:
             self._before_write(written)
-        out = func(*args, **kwargs)
+        out = run(func, args, kwargs)
         with self.lock:
             self._after_write(written, None)
         return out
@@ -264,7 +265,7 @@ class Recorder(TorchDispatchMode):
             if value.stats is None:
                 value.stats = statistics(tensor)
             value.data = small_data(tensor)
-            if op.random:
+            if op.random or op.label in MANY_VALUED:
                 self.kept.add(value, tensor)
 
     def template(self, args: Any) -> Any:

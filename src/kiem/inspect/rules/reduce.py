@@ -218,6 +218,8 @@ def logsumexp(c: Call, g: Tensor):
 
 @rule("logcumsumexp", forward="yᵢ = ln(Σ exp(xⱼ)) over j ≤ i", symbols=XY, self="Σ gⱼ · exp(xᵢ − yⱼ) over j ≥ i")
 def logcumsumexp(c: Call, g: Tensor):
+    if g.ndim == 0:
+        return {"self": g}
     x, y = c["self"].movedim(c["dim"], -1), c.y.movedim(c["dim"], -1)
     ratio = (x[..., :, None] - y[..., None, :]).exp().triu()
     return {"self": (ratio * g.movedim(c["dim"], -1)[..., None, :]).sum(-1).movedim(-1, c["dim"])}

@@ -55,7 +55,7 @@ def expand(c: Call, g: Tensor):
 
 @rule("t", "numpy_T", forward="Y = Xᵀ", symbols={"self": "X", "0": "Y"}, self="Gᵀ")
 def t(c: Call, g: Tensor):
-    return {"self": g.permute(*range(g.ndim - 1, -1, -1))}
+    return {"self": g.permute(list(range(g.ndim - 1, -1, -1)))}
 
 
 @rule("transpose", forward="y = x with two axes exchanged", symbols=XY, self="g with them exchanged back")

@@ -14,6 +14,7 @@ STRUCTURE = {
     ("linalg_cholesky_ex", "self"): "symmetric", ("cholesky", "self"): "symmetric", ("_linalg_eigh", "A"): "symmetric",
     ("cholesky_solve", "input2"): "triangular", ("cholesky_inverse", "self"): "triangular",
     ("linalg_solve_triangular", "self"): "triangular", ("triangular_solve", "A"): "triangular",
+    ("linalg_pinv", "self"): "hermitian",
 }  # fmt: skip
 
 
@@ -21,17 +22,22 @@ def direction(op: Op, argument: str, x: Tensor, random: Random) -> Tensor:
     """Random, of the size of what it is added to, and of its structure where the operation reads only part of it."""
     along = random.like(x)
     along *= usual_size(x)
-    structure = STRUCTURE.get((op.label, argument))
-    if structure == "symmetric":
-        return (along + along.mT.conj()) / 2
-    if structure == "triangular":
-        along = along.triu() if op.attributes.get("upper") else along.tril()
-        if along.is_complex() and op.label in ("cholesky_solve", "cholesky_inverse"):  # LAPACK takes a real diagonal
-            along.diagonal(dim1=-2, dim2=-1).imag.zero_()
-        return along
-    if structure == "normalised":
+    if STRUCTURE.get((op.label, argument)) == "normalised":
         return along - (x.exp() * along).sum(-1, keepdim=True)
-    return without_padding(op, argument, along)
+    return without_padding(op, argument, structured(op, argument, along))
+
+
+def structured(op: Op, argument: str, tensor: Tensor) -> Tensor:
+    """The part of a direction, or of a gradient, that has the structure which the operation takes for granted."""
+    structure = STRUCTURE.get((op.label, argument))
+    if structure == "symmetric" or (structure == "hermitian" and op.attributes.get("hermitian")):
+        return (tensor + tensor.mT.conj()) / 2
+    if structure == "triangular":
+        part = tensor.triu() if op.attributes.get("upper") else tensor.tril()
+        if tensor.is_complex() and op.label.startswith("cholesky"):  # LAPACK takes a real diagonal
+            part.diagonal(dim1=-2, dim2=-1).imag.zero_()
+        return part
+    return tensor
 
 
 def without_padding(op: Op, argument: str, direction: Tensor) -> Tensor:

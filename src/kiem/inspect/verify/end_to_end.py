@@ -8,10 +8,10 @@ import time
 import torch
 
 from kiem.inspect import rules
-from kiem.inspect.graph.layouts import at_elements, elements, regular, with_elements
+from kiem.inspect.graph.layouts import at_elements, elements, with_elements
 from kiem.inspect.graph.model import BackwardCall, Graph, Op
 from kiem.inspect.verify.directions import without_padding
-from kiem.inspect.verify.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge, usual_size
+from kiem.inspect.verify.judge import NOISE, REPEATS, InputVerdict, Noise, Random, inner, judge, usual_size
 from kiem.inspect.verify.numeric import derivative
 from kiem.inspect.verify.operation import surrogate
 from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, leading_to, widen
@@ -120,15 +120,6 @@ class _Whole:
     def _shake(self, x: torch.Tensor) -> torch.Tensor:
         return x * (1 + NOISE * self.random.like(x))
 
-    def _shake_saved(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As roundings would, forward and backward."""
-        if regular(tensor) and tensor.requires_grad:
-            tensor.register_hook(lambda grad: None if grad is None else self.random.shaken(grad))
-        if tensor.is_floating_point():
-            held = elements(tensor.data)
-            held.copy_(self.random.shaken(held))
-        return tensor
-
     def numeric(self, directions: Tensors):
         """The derivative of the loss along directions of leaves."""
 
@@ -145,7 +136,7 @@ class _Whole:
         reference = self.gradients()
         squares = {leaf: torch.zeros_like(x, dtype=torch.float64) for leaf, x in reference.items()}
         for _ in range(REPEATS):
-            for leaf, other in self.gradients(self._shake_saved).items():
+            for leaf, other in self.gradients(Noise(self.random)).items():
                 squares[leaf] += ((other - reference[leaf]).abs() / NOISE).square() / REPEATS
         directions = {leaf: self._direction(leaf) for leaf in self.leaves}
         joint = self.numeric(directions)

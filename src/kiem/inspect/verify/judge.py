@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kiem.inspect.graph.layouts import elements, regular
 from kiem.inspect.verify.numeric import Derivative
 
 NOISE = 2.0**-26  # relative; far above float64's rounding, far below where formulas stop being straight
@@ -95,6 +96,34 @@ class Random:
             yield start, Random._row[first : first + min(ROW, count - start)]
 
 
+class Noise:
+    """Laid on what operations give, as their roundings would be, forward and backward."""
+
+    def __init__(self, random: Random):
+        self._random = random
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The tensor, changed in place: the operation that made it must see the change in what it saved, too."""
+        if regular(tensor) and tensor.requires_grad:
+            tensor.register_hook(self._rounded)
+        if tensor.is_floating_point() or tensor.is_complex():
+            held = elements(tensor.data)
+            held.copy_(self._random.shaken(held))
+        return tensor
+
+    def apart(self, tensor: Tensor) -> Tensor:
+        """The tensor for one of several that read it: their gradients are rounded one by one before they are added up,
+        and may cancel."""
+        if not regular(tensor) or not tensor.requires_grad:
+            return tensor
+        alias = tensor.view_as(tensor)
+        alias.register_hook(self._rounded)
+        return alias
+
+    def _rounded(self, gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else self._random.shaken(gradient)
+
+
 def judge(
     result: InputVerdict,
     got: Tensor,
@@ -132,9 +161,7 @@ def judge(
     slack += 1e-6 * float((reference.abs() * direction.abs()).square().sum().sqrt())
     kinked = None
     if number.kink:
-        low, high = torch.aminmax(torch.stack(sides()), dim=0)
-        kinked = (high - low) > 1e-4 * (high.abs() + low.abs() + 1e-3 * (floor + reference.abs().max()))
-        between = (got >= low - allowed * result.bound) & (got <= high + allowed * result.bound)
+        kinked, between = _between(got, sides(), allowed * result.bound, 1e-3 * (floor + reference.abs().max()))
         mismatch &= ~(kinked & between)
         direction = direction * ~kinked
         number = numeric(direction)
@@ -154,6 +181,18 @@ def judge(
     result.verdict, result.wrong_elements = "wrong", int(mismatch.sum())
     result.element = tuple(int(i) for i in torch.unravel_index(where, error.shape)) if error.dim() else ()
     result.expected, result.got = _number(reference.reshape(-1)[where]), _number(got.reshape(-1)[where])
+
+
+def _between(got: Tensor, sides: tuple[Tensor, Tensor], slack: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the gradient of an element jumps between the sides of its kink, and whether what was got lies between
+    them; of complex numbers each part."""
+    if got.is_complex() or any(side.is_complex() for side in sides):
+        got, *both = (torch.view_as_real(t.to(torch.complex128).resolve_conj()) for t in (got, *sides))
+        kinked, between = _between(got, tuple(both), slack[..., None], size)
+        return kinked.any(-1), between.all(-1)
+    low, high = torch.aminmax(torch.stack(sides), dim=0)
+    kinked = (high - low) > 1e-4 * (high.abs() + low.abs() + size)
+    return kinked, (got >= low - slack) & (got <= high + slack)
 
 
 def _by_number(result: InputVerdict, got: Tensor, unit: float, direction: Tensor, number: Derivative) -> None:

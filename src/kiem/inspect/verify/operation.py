@@ -9,6 +9,7 @@ How far (a) may be from (c) is said in judge.py."""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -18,8 +19,8 @@ from torch import Tensor
 from kiem.inspect import rules
 from kiem.inspect.graph.layouts import at_elements, can_be_written_out, elements, regular, with_elements, written_out
 from kiem.inspect.graph.model import BackwardCall, Graph, Op, Step
-from kiem.inspect.verify.directions import direction
-from kiem.inspect.verify.judge import NOISE, REPEATS, InputVerdict, Random, inner, judge
+from kiem.inspect.verify.directions import direction, structured
+from kiem.inspect.verify.judge import NOISE, REPEATS, InputVerdict, Noise, Random, inner, judge
 from kiem.inspect.verify.numeric import Derivative, derivative
 from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, flatten, leading_to, widen, with_tensors
 
@@ -165,7 +166,7 @@ class _Check:
         """The gradient that arrived at each output: a node numbers only those outputs that autograd differentiates."""
         if self.on_base:
             return [into[0]]
-        numbers = [self.graph.values[v].output_nr for v in self.op.outputs]
+        numbers = [self.graph.value(v).output_nr for v in self.op.outputs]
         if any(gradient is not None and n not in numbers for n, gradient in enumerate(into)):
             numbers = list(range(len(numbers)))  # sent through what was not recorded
         return [None if n is None or n >= len(into) else into[n] for n in numbers]
@@ -259,7 +260,7 @@ class _Check:
             v: t.clone().requires_grad_() if v in self.got and differentiable(t) else t for v, t in inputs.items()
         }
         with torch.enable_grad():
-            outputs = self.function(leaves, self._shake_saved if noise else None)
+            outputs = self.function(leaves, Noise(self.random) if noise else None)
             pairs = [(y, g) for y, g in zip(outputs, cotangents, strict=True) if g is not None and y.requires_grad]
             wanted = [v for v in self.got if leaves[v].requires_grad]
             if not pairs:
@@ -296,13 +297,6 @@ class _Check:
         if not differentiable(tensor):
             return tensor
         return self.random.shaken(widen(tensor))
-
-    def _shake_saved(self, tensor: Tensor) -> Tensor:
-        """As a rounding would: the operation that made it must see the change in what it saved, too."""
-        if tensor.is_floating_point():
-            held = elements(tensor.data)
-            held.copy_(self._shake(held))
-        return tensor
 
     def _only_moves(self) -> bool:
         """A view that shows no element twice: elements are moved, nothing is computed, nothing rounded."""
@@ -369,10 +363,12 @@ class _Check:
         direction = self.direction(value)
         number = self.numeric({value: direction})
         got = self.got[value]
+        # Beside the structure that an operation takes for granted, a gradient may be anything.
+        meant = functools.partial(structured, self.op, self.names[value])
         judge(
             result,
-            torch.zeros_like(direction) if got is None else got,
-            reference,
+            torch.zeros_like(direction) if got is None else meant(got),
+            None if reference is None else meant(reference),
             moved,
             unit,
             direction,

@@ -6,19 +6,25 @@ so that a comparison near zero cannot fall the other way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from kiem.inspect.graph.layouts import WITHOUT_FLOAT64
 from kiem.inspect.graph.model import Graph, Op, Ref
+from kiem.inspect.verify.branches import as_it_was, cut_at_rank
 from kiem.inspect.verify.float64 import WRITTEN_OUT, implementation, without_out
+from kiem.inspect.verify.judge import Noise
 
 # Their backward looks for the elements that equal the result: noise on the result would leave none.
 COMPARING = frozenset(
-    {"amax", "amin", "max", "min", "scatter_reduce", "median", "nanmedian", "aminmax", "linalg_vector_norm"}
-)
+    {
+        "amax", "amin", "max", "min", "scatter_reduce", "median", "nanmedian", "aminmax", "linalg_vector_norm",
+        "multilabel_margin_loss_forward",  # gives a mask
+    }
+)  # fmt: skip
 
 OVERWRITING = {"fill_", "zero_", "copy_"}
 
@@ -85,8 +91,12 @@ def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tu
         kwargs = {name: value for name, value in kwargs.items() if name not in written}
     elif wide:
         func = implementation(func)
+    if wide and op.label == "linalg_pinv":
+        kwargs = cut_at_rank(op, args[0], kwargs, recorded)
     out = func(*args, **kwargs)
     outputs = tuple(out) if isinstance(out, list | tuple) else (out,)
+    if wide:
+        outputs = as_it_was(op, outputs, recorded)
     if op.mutates and not any(isinstance(o, torch.Tensor) for o in outputs):
         outputs = tuple(tensors[v] for v in _written(op))
     return tuple(
@@ -189,6 +199,18 @@ def flatten(tree: Any) -> Iterator[torch.Tensor]:
             yield from flatten(part)
 
 
+class _Apart(dict):
+    """Tensors as one operation reads them: those that others read too, or that it reads twice, as `noise` has them."""
+
+    def __init__(self, tensors: Tensors, uses: Counter[int], noise: Noise):
+        super().__init__(tensors)
+        self._uses, self._noise = uses, noise
+
+    def __getitem__(self, value: int) -> torch.Tensor:
+        tensor = super().__getitem__(value)
+        return self._noise.apart(tensor) if self._uses[value] > 1 else tensor
+
+
 class Replay:
     """Operations of a graph as a function of some of their inputs, in float64."""
 
@@ -204,8 +226,9 @@ class Replay:
             if v.base is not None and v.output >= 0 and v.producer is not None:
                 self._viewed.setdefault(v.storage, v.producer)
         self._frozen: Tensors = {}  # what a detach gave: a constant
+        self._uses = Counter(value for op in self.ops for _, value in op.inputs)
 
-    def run(self, given: Tensors, noise: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Tensors:
+    def run(self, given: Tensors, noise: Noise | None = None) -> Tensors:
         """All values, from those `given`; others come from the recording. `noise` is laid on each result."""
         tensors: Tensors = dict(given)
         for op in self.ops:
@@ -222,7 +245,9 @@ class Replay:
                     self._frozen[op.outputs[0]] = tensors[op.inputs[0][1]].detach().clone()
                 outputs = (self._frozen[op.outputs[0]],)
             elif op.kind == "op":
-                outputs = run_op(op, tensors, self.recorded, self.wide)
+                seen = tensors if noise is None or op.mutates else _Apart(tensors, self._uses, noise)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and (op.grad_enabled or not op.mutates)):
+                    outputs = run_op(op, seen, self.recorded, self.wide)
             else:
                 continue  # its children follow, and its outputs are found through them
             for value, output in zip(op.outputs, outputs, strict=False):
