@@ -1,5 +1,5 @@
-"""Every layer is called: hooks see it, and what replaces a layer or computes its weight takes effect, whatever the model
-is used for."""
+"""Every layer is called: hooks see it, and what replaces a layer or computes its weight takes effect, whatever the
+model is used for."""
 
 import pytest
 import torch

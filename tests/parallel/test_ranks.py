@@ -1,4 +1,4 @@
-"""Several processes: sums, gathered values, one decision; and a step under DDP and FSDP2 has one process's gradients."""
+"""Several processes: sums, gathered values, one decision; a step under DDP and FSDP2 has one process's gradients."""
 
 import socket
 
