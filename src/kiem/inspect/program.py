@@ -82,11 +82,13 @@ class _Place:
         sys.argv = list(self.argv)
         sys.modules.update(self.modules)
         importlib.invalidate_caches()
-        os._exit, leave = _exit_here(os._exit), os._exit
+        leave: Any = os._exit
+        setattr(os, "_exit", _exit_here(leave))  # noqa: B010
         try:
             yield
         finally:
-            os._exit, sys.path, sys.argv = leave, path, argv
+            setattr(os, "_exit", leave)  # noqa: B010
+            sys.path, sys.argv = path, argv
             path[:] = before
             with suppress(OSError):
                 os.chdir(folder)
@@ -96,9 +98,9 @@ class _Place:
                 sys.modules["__main__"] = main
 
     def _own(self, module: ModuleType) -> bool:
-        file = getattr(module, "__file__", None)
+        file: str | None = getattr(module, "__file__", None)
         libraries = (sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
-        others = [os.path.realpath(place) for place in (*libraries, Path(__file__).parents[1])]
+        others = [os.path.realpath(place) for place in (*libraries, str(Path(__file__).parents[1])) if place]
         return file is not None and _below(file, self.folder) and not any(_below(file, other) for other in others)
 
 

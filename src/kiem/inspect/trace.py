@@ -8,6 +8,7 @@ from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from kiem.errors import ConfigError
+from kiem.inspect.explain import silent
 from kiem.inspect.record.recorder import KEEP_BYTES, CompiledRecorder, Recorder
 from kiem.inspect.verify.verifier import Gap, Result, Verifier, verify_recorded
 
@@ -53,16 +54,11 @@ class Trace:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         self._recorder.__exit__(kind, error, traceback)
+        self.graph.notes += silent.notes(self.graph)
         if error is not None and self.graph.failure is not None:
-            from kiem.inspect.explain.mistakes import FailedCall, explain_error
+            from kiem.inspect.explain.mistakes import explain_error
 
-            failed = next((op for op in reversed(self.graph.ops) if op.error), None)
-            value = self.graph.value
-            call = failed and FailedCall(failed.name, [
-                (name, value(v).shape, str(value(v).dtype).removeprefix("torch."), value(v).device)
-                for name, v in failed.inputs
-            ])  # fmt: skip
-            self.graph.failure.explanation = explain_error(error, call) or ""
+            self.graph.failure.explanation = explain_error(error, self.graph) or ""
             files = (frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__))
             if self._eager and any("_higher_order_ops" in file for file in files):
                 self.graph.failure.explanation = (

@@ -5,7 +5,8 @@ import runpy
 
 import pytest
 
-from kiem.inspect.explain.mistakes import FailedCall, explain_error
+from kiem.inspect.explain.mistakes import explain_error
+from kiem.inspect.trace import Trace
 
 # name: (program, the line with #! raises; what the explanation says; what a suggestion replaces, by how it begins)
 PROGRAMS = {
@@ -143,22 +144,10 @@ loss = criterion(output, target) #!
     "lstm": ("rnn, x = nn.LSTM(10, 5), torch.ones(2, 3, 8)\nrnn(x) #!", ["takes 10", "given are 8", "nn.LSTM(8, 5)"],
              {"": "nn.LSTM(10, 5)"}),
     "expand": ("x = torch.ones(3)\nx.expand(3, 4) #!", ["3 cannot fill 3, 4", "dimension 1 has 3, not 4"], {}),
-    "no grad": (
-        "w = torch.ones(3)\nloss = (w * 2).sum()\nloss.backward() #!",
-        ["loss is float32[]", "program.py:4: loss = (w * 2).sum()", "`w.requires_grad_()`"], {}),
     "not a scalar": (
         "w = torch.ones(3, requires_grad=True)\ny = w * 2\ny.backward() #!",
         ["y is float32[3]", "`y.sum().backward()`"],
         {"": "y.backward()"}),
-    "twice": (
-        "w = torch.ones(3, requires_grad=True)\nloss = (w ** 2).sum()\nloss.backward()\nloss.backward() #!",
-        ["freed", "retain_graph=True"], {}),
-    "changed in place": (
-        "w = torch.ones(3, requires_grad=True)\na = w.sigmoid()\na += 1\na.sum().backward() #!",
-        ["output of Sigmoid", "program.py:5: a += 1", "x = x + y"], {}),
-    "leaf in place": (
-        "w = torch.ones(3, requires_grad=True)\nw -= 0.1 #!", ["w is float32[3]", "with torch.no_grad(): w -= 0.1"],
-        {"": "w -= 0.1"}),
     "integers with grad": ("x = torch.tensor([1, 2])\nx.requires_grad_() #!", ["x is int64[2]", "x.float()"], {}),
     "numpy": ("w = torch.ones(3, requires_grad=True)\nw.numpy() #!", ["`w.detach().cpu().numpy()`"], {"": "w.numpy()"}),
     "item": ("w = torch.ones(3)\nw.item() #!", ["3 numbers", "`w.tolist()`"], {"": "w.item()"}),
@@ -204,10 +193,11 @@ def test_an_error_is_explained_and_the_suggestions_run(name, tmp_path):
 
 
 def test_shapes_that_only_the_recorder_knows(tmp_path):
-    error, _ = failing(tmp_path, "x, b = torch.ones(3, 4), torch.ones(3)\n(x * 2) + b.relu() #!")
-    tensors = [("self", (3, 4), "torch.float32", "cpu"), ("other", (3,), "torch.float32", "cpu")]
-    call = FailedCall("aten.add.Tensor", tensors)
-    text = explain_error(error, call)
+    file = tmp_path / "program.py"
+    file.write_text(HEAD + "x, b = torch.ones(3, 4), torch.ones(3)\n(x * 2) + b.relu()")
+    with pytest.raises(RuntimeError), Trace() as trace:
+        runpy.run_path(str(file))
+    text = trace.graph.failure.explanation
     assert "x * 2 is float32[3, 4], b.relu() is float32[3]" in text
     assert "`b.relu().unsqueeze(1)`" in text
 

@@ -171,14 +171,14 @@ class _Way:
         if step.changed_by_hook:
             notes.append("a hook changed the gradient that arrived")
         found = ChainStep(step.op, op.label if op else node, node, op.module if op else "", op.source if op else None,
-                          formula(row, call) if row else "", {}, step.into, "; ".join(notes))  # fmt: skip
-        for name, value in op.inputs if row else ():
-            letter = row.symbols.get(name.split("[")[0])
+                          formula(row, call) if row and call else "", {}, step.into, "; ".join(notes))  # fmt: skip
+        for name, read in op.inputs if op and row else ():
+            letter = row.symbols.get(name.split("[")[0]) if row else None
             if letter:
-                found.letters[letter] = (self.graph.value(value).shape, self.graph.title(value))
+                found.letters[letter] = (self.graph.value(read).shape, self.graph.title(read))
         for position, argument, value in arguments(self.graph, step):
             edge, out = step.edges[position], step.out[position]
-            if out is None or (edge != self.target and self.number.get(edge[0]) not in self.index):
+            if out is None or edge is None or (edge != self.target and self.number.get(edge[0]) not in self.index):
                 continue
             self.sent.setdefault(edge, []).append((number, len(found.links)))
             to = None if edge == self.target else self.index[self.number[edge[0]]]
