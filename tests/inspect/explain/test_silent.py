@@ -62,6 +62,11 @@ def test_what_gets_no_gradient_is_said_once(tmp_path):
     assert note == "the output of relu (program.py:10) is detached at program.py:10; no gradient: net.fc1"
 
 
+def test_a_tensor_that_is_also_used_without_its_gradient_is_said(tmp_path):
+    source = "w = torch.randn(3, requires_grad=True)\nhidden = w * 2\n(hidden.detach() * w).sum().backward()"
+    assert notes(tmp_path, source) == ["hidden is detached at program.py:6"]
+
+
 def test_a_change_through_data_is_said_but_not_a_step_by_hand(tmp_path):
     source = "w = torch.linspace(-2, 2, 5, requires_grad=True)\ny = torch.tanh(w)\ny.data.clamp_(-0.5, 0.5)\n"
     (note,) = notes(tmp_path, source + "y.sum().backward()")

@@ -264,16 +264,6 @@ def test_a_surrogate_gradient_that_is_declared_is_not_judged():
     assert [recorder.graph.op(v.op).name for v in result.verdicts if v.verdict == "unchecked"] == ["Sign"]
 
 
-def test_what_is_cut_off_on_the_way_is_said():
-    def program():
-        w = torch.randn(3, requires_grad=True)
-        hidden = w * 2
-        (hidden.detach() * w).sum().backward()
-
-    _, result = verified(program)
-    assert result.ok and any("hidden is also used without gradient: detached at" in note for note in result.notes)
-
-
 def test_a_detach_in_a_backward_that_is_differentiated_again_is_found():
     class Act(torch.autograd.Function):
         @staticmethod

@@ -9,14 +9,13 @@ import torch
 
 from kiem.inspect import rules
 from kiem.inspect.graph.layouts import at_elements, elements, with_elements
-from kiem.inspect.graph.model import BackwardCall, Graph, Op
+from kiem.inspect.graph.model import BackwardCall, Graph
 from kiem.inspect.verify.directions import without_padding
 from kiem.inspect.verify.judge import NOISE, REPEATS, InputVerdict, Noise, Random, inner, judge, usual_size
 from kiem.inspect.verify.numeric import derivative
 from kiem.inspect.verify.operation import surrogate
 from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, leading_to, widen
 
-MOST_CUTS = 6  # told of in notes
 SECONDS = 20.0  # for numeric derivatives of single leaves; all of them together are always differentiated
 
 
@@ -181,7 +180,6 @@ class _Whole:
             notes.append(
                 "End to end, the numeric derivative did not settle; elements were compared with torch in float64 only."
             )
-        notes += self._cut()
         return results, notes
 
     def _direction(self, leaf: int) -> torch.Tensor:
@@ -219,27 +217,3 @@ class _Whole:
                         been.add(edge[:1])
                         waiting.append(steps[edge[:1]])
         return found
-
-    def _made(self, value: int) -> Op | None:
-        """What made a tensor, or the one that it is a view of."""
-        known, op = self.graph.value(value), self.graph.op
-        while known.producer is not None and op(known.producer).label != "detach" and known.base is not None:
-            known = self.graph.value(known.base)
-        return None if known.producer is None else op(known.producer)
-
-    def _cut(self) -> list[str]:
-        """Where tensors with a gradient also reach the loss without one: a choice, so said and not judged."""
-        known, found = self.graph.value, {}
-        for op in self.ops:
-            for _, v in op.inputs if op.parent is None else ():
-                made = self._made(v)
-                cuts = made is not None and made.label == "detach" and made.parent is None and made.region != "backward"
-                if cuts and known(made.inputs[0][1]).requires_grad:
-                    found[made.inputs[0][1], made.source] = "detached"
-                base = known(v).base
-                apart = known(v).producer is None and base is not None and known(v).storage == known(base).storage
-                if apart and known(base).requires_grad and not known(v).requires_grad:
-                    found[base, op.source] = "read as .data"
-        title = self.graph.title
-        notes = [f"{title(v)} is also used without gradient: {how} at {at}" for (v, at), how in found.items()]
-        return notes[:MOST_CUTS] + ([f"{len(notes) - MOST_CUTS} more are detached"] if len(notes) > MOST_CUTS else [])
