@@ -1,19 +1,22 @@
-"""What Kiem does, as functions: the verbs of the command line are these, with printing around them.
+"""What Kiem does, as functions: the subcommands are these, with printing around them.
 
 `train` is the whole path: configuration, text to tokens, derived values, plan, training, report.
 """
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kiem import runtime
+from kiem.config.presets import resolve, tokenizer_vocab_size
 from kiem.config.read import read_config
-from kiem.config.run import DataConfig, RunConfig, Source
-from kiem.errors import CheckpointError, ConfigError, NumericsError, Stopped, StorageError
+from kiem.config.run import RunConfig, Source
+from kiem.errors import ConfigError, NumericsError, Stopped
+from kiem.runs import folders, resume
+from kiem.runs import run as runs
 
 if TYPE_CHECKING:
     from kiem.data.shards import Dataset
@@ -27,23 +30,34 @@ Sources = str | Path | Mapping | Source | Sequence[str | Path | Mapping | Source
 SAMPLES_AT_ENDS, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 32, 96, 0.8
 SAMPLED_FREELY = 50_000_000  # parameters; a larger model draws fewer samples
 
-# What may change when a run goes on: how long it is, and what it writes on the way. Everything else is another run.
-CHANGEABLE = frozenset(
-    f"train.{name}"
-    for name in ("tokens", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_checkpoints", "tensorboard")
-)
 
-
-@dataclass(frozen=True)
-class Run:
-    """A run that has ended: its folder and the contents of its report.json."""
-
-    folder: Path
-    report: dict[str, Any] = field(repr=False)
+class Run(runs.Run):
+    """A run folder: what `train` gives back. `report` is the contents of its report.json."""
 
     def load(self, device: str = "auto") -> "LanguageModel":
         """The trained model."""
-        return load(self.folder, device)
+        return load(self.named or self.folder, device)
+
+    def evaluate(self, **options: Any) -> "Evaluation":
+        """As kiem.evaluate of this run."""
+        return evaluate(self.named or self.folder, **options)
+
+    def __repr__(self) -> str:
+        from kiem.report.facts import headline
+
+        report = self.report
+        return f"Run({str(self.folder)!r}: {headline(report) if report else 'no report yet'})"
+
+    def _repr_html_(self) -> str:
+        """The main results, for a notebook."""
+        from kiem.report.facts import facts, headline
+
+        report = self.report
+        if not report:
+            return f"<p>{escape(repr(self))}</p>"
+        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts(report))
+        head = f"<b>{escape(str(self.folder))}</b>: {escape(headline(report))}"
+        return f"<table><caption>{head}</caption>{rows}</table>"
 
 
 def train(
@@ -51,45 +65,56 @@ def train(
     *,
     data: Sources = None,
     out: str | Path | None = None,
+    fork: str | Path | None = None,
     depth: int | None = None,
     tokens: int | str | None = None,
     minutes: float | None = None,
+    tokenizer: str | Path | None = None,
     seed: int | None = None,
     device: str | None = None,
     overrides: Sequence[str] = (),
     quiet: bool = False,
     show: Callable[[Any], None] | None = None,
 ) -> Run:
-    """Train a model, or go on with a run.
+    """Train a model, or resume a run.
 
-    `config` is a configuration file, a preset, a mapping, a RunConfig, or the folder of a run, which is resumed. `data`
-    replaces its sources; `tokens` is the length (10_000_000 or "10M"); `minutes` sets the length by measuring this
-    machine. `out` is the run's folder, by default runs/NAME; a folder with something in it is never written over.
+    `config` is a configuration file, a preset, a mapping, a RunConfig, or the folder of a run: it is resumed, or with
+    `fork` (a new folder) a new run takes its weights and settings from it. `data` replaces the sources; `tokens` is the
+    length (10_000_000 or "10M"); `minutes` sets the length by measuring this machine. `out` is the run's folder, by
+    default runs/NAME of the data; one that holds the very run that is asked for is resumed, any other is refused.
     Progress goes to standard error unless `quiet`; `show` gets the plan before the start. Raises errors of kiem.errors.
     """
-    options = _options(data=data, depth=depth, tokens=tokens, seed=seed, device=device)
+    options = _options(data=data, depth=depth, tokens=tokens, tokenizer=tokenizer, seed=seed, device=device)
     if minutes is not None:
         _check_minutes(minutes, tokens, overrides)
     if isinstance(config, str | Path) and os.path.isdir(config):
-        return _resume(Path(config), options, overrides, out, minutes, quiet, show)
+        run = Run.at(config)
+        if fork is not None:
+            return _fork(run, Run(fork), options, overrides, quiet, show)
+        resume.check_options(run, out, minutes)
+        return _resume(run, options, overrides, quiet, show)
+    if fork is not None:
+        raise ConfigError(f"--fork {fork}: it takes the folder of a run to start from: kiem train RUN --fork {fork}")
     from kiem.planning.budget import Budget
 
     budget = None if minutes is None else Budget(minutes)
-    run_config = _with_whole_paths(read_config(config, overrides, options))
+    wanted = folders.with_whole_paths(read_config(config, overrides, options))
+    run = Run(out if out is not None else folders.default(config, wanted))
+    if folders.holds(run, wanted, any_length=budget is not None):
+        return _resume(run, {}, (), quiet, show)
     if budget is not None:
-        run_config = budget.with_depth(run_config)
-    folder = _new_folder(out, config, run_config)
-    dataset = _dataset(run_config, quiet)
+        wanted = budget.with_depth(wanted)
+    dataset = _prepare(wanted, quiet)
     if budget is not None:
-        run_config = budget.with_length(run_config, dataset.tokenizer.vocab_size)
-    return _run(run_config, folder, dataset, quiet, show)
+        wanted = budget.with_length(wanted, dataset.tokenizer.vocab_size)
+    return _train(wanted, run, dataset, quiet, show)
 
 
-def load(run: str | Path | Run, device: str = "auto") -> "LanguageModel":
+def load(run: str | Path | runs.Run, device: str = "auto") -> "LanguageModel":
     """The model of a run's newest whole checkpoint, or of the checkpoint folder named."""
     from kiem.generation import engine
 
-    return engine.load(run.folder if isinstance(run, Run) else run, device)
+    return engine.load(run if isinstance(run, runs.Run) else runs.Run.at(run), device)
 
 
 def prepare(
@@ -102,75 +127,182 @@ def prepare(
 ) -> "Dataset":
     """Turn text into tokens on disk, or find that this was done before. Returns the dataset."""
     options = _options(data=data, tokenizer=tokenizer)
-    return _dataset(_with_whole_paths(read_config(config, overrides, options)), quiet)
+    return _prepare(read_config(config, overrides, options), quiet)
 
 
-def evaluate(run: str | Path | Run, *, data: Sources = None, device: str = "auto", quiet: bool = True) -> "Evaluation":
-    """Loss, perplexity and bits per byte of a run's model on its held-out text, or on all of `data`."""
-    from kiem.runtime import select_device, select_precision
+def evaluate(
+    run: str | Path | runs.Run, *, data: Sources = None, device: str = "auto", quiet: bool = True
+) -> "Evaluation":
+    """Loss, perplexity and bits per byte of a run's model on its held-out text, or on all of `data`.
+
+    The tokenizer and how text is read and packed are the run's own. Where the text has changed since it was trained, a
+    warning says what is scored.
+    """
+    from kiem.data.prepare import prepare as make
     from kiem.training.evaluate import evaluate as measure
+    from kiem.training.objective import NextToken
 
-    folder = run.folder if isinstance(run, Run) else Path(run)
-    model = load(folder, device)
-    config = model.config
-    if data is not None:
-        chosen = read_config(None, options=_options(data=data)).data.sources
-        text = {"sources": chosen, "validation": chosen, "tokenizer": str(_run_of(folder) / "tokenizer")}
-        config = config.model_copy(update={"data": DataConfig(**text)})
-    dataset = _dataset(config, quiet)
-    _check_vocabulary(config, dataset)
-    model.model.compute_dtype = select_precision(config.train.precision, select_device(device))
-    return measure(
-        model.model, dataset, config.train.micro_batch_tokens, documents_apart=not config.data.cross_document_attention
-    )
+    found = run if isinstance(run, runs.Run) else runs.Run.at(run)
+    model, config = load(found, device), found.config
+    with _counting(quiet) as progress:
+        if data is None:
+            dataset = found.dataset(progress, changed_text=True)
+        else:
+            chosen = read_config(None, options=_options(data=data)).data.sources
+            own = {"sources": [], "validation": chosen, "tokenizer": str(found.folder / "tokenizer")}
+            text = config.data.model_copy(update=own)
+            dataset = make(text, found.tokenizer.vocab_size, config.seed, runtime.cache_dir(), progress)
+    model.model.compute_dtype = runtime.select_precision(config.train.precision, runtime.select_device(device))
+    objective = NextToken(documents_apart=not config.data.cross_document_attention)
+    return measure(model.model, dataset, config.train.micro_batch_tokens, objective=objective)
 
 
 def plan(
-    config: Target = None, *, depth: int | None = None, overrides: Sequence[str] = (), measure: bool = True
+    config: Target = None,
+    *,
+    data: Sources = None,
+    depth: int | None = None,
+    minutes: float | None = None,
+    overrides: Sequence[str] = (),
+    measure: bool = True,
+    quiet: bool = True,
 ) -> "Plan":
-    """Parameters, FLOPs, memory and (if `measure`) speed and time of a run, without its text."""
-    from kiem.config.presets import resolve, tokenizer_vocab_size
+    """Parameters, FLOPs, memory and (if `measure`) speed and time of a run.
+
+    With `data` its text is prepared: then the vocabulary is the real one, and a note says how often the text is seen.
+    With `minutes` the length is what fits them on this machine. `config` may be the folder of a run.
+    """
+    from kiem.format import count_text, number_text
+    from kiem.planning.budget import Budget
     from kiem.planning.predict import plan as predict
 
-    if isinstance(config, str | Path) and os.path.isdir(config):
-        config = _config_file(Path(config))
-    wanted = read_config(config, overrides, _options(depth=depth))
-    return predict(resolve(wanted, tokenizer_vocab_size(wanted)), measure)
+    if minutes is not None:
+        _check_minutes(minutes, None, overrides)
+        if not measure:
+            raise ConfigError("--minutes needs the speed of this machine: leave out --no-measure")
+    target: Target = Run.at(config).config if isinstance(config, str | Path) and os.path.isdir(config) else config
+    wanted = read_config(target, overrides, _options(data=data, depth=depth))
+    budget = None if minutes is None else Budget(minutes)
+    dataset = None
+    if data is not None:
+        wanted = folders.with_whole_paths(wanted)
+        dataset = _prepare(wanted if budget is None else budget.with_depth(wanted), quiet)
+    vocab_size = dataset.tokenizer.vocab_size if dataset else tokenizer_vocab_size(wanted)
+    with _saying("measuring this machine ...", not quiet and measure):
+        if budget is not None:
+            wanted = budget.with_length(budget.with_depth(wanted), vocab_size)
+        planned = predict(resolve(wanted, vocab_size), measure)
+    if dataset is not None:
+        tokens = sum(split.n_tokens for split, _ in dataset.train)
+        often = planned.config.train.tokens / max(tokens, 1)
+        planned.notes.append(
+            f"the text has {count_text(tokens)} tokens to train on: seen {number_text(often, 2)} times"
+        )
+    return planned
 
 
-def _run(
+def _train(
     config: RunConfig,
-    folder: Path,
+    run: Run,
     dataset: "Dataset",
     quiet: bool,
     show: Callable[[Any], None] | None,
+    weights: Run | None = None,
 ) -> Run:
     """From tokens to a trained model and its report."""
-    from kiem.config.presets import resolve
     from kiem.planning import predict
     from kiem.report import summary
     from kiem.training import loop
 
     resolved = resolve(config, dataset.tokenizer.vocab_size)
-    _check_vocabulary(resolved, dataset)
-    planned = predict.plan(resolved, measure=True)
-    if show is not None:
-        show(predict.render(planned))
-    with _listener(resolved, folder) as listener:
+    planned = None
+    if not run.is_finished(resolved):
+        with _saying("measuring this machine ...", not quiet):
+            planned = predict.plan(resolved, measure=True)
+        if show is not None:
+            show(predict.render(planned))
+    with _listener(resolved, run.folder) as listener:
         try:
             loop.train(
                 resolved,
-                folder,
+                run,
                 dataset,
-                plan=planned.to_dict(),
+                plan=planned and planned.to_dict(),
+                weights=weights,
                 sampler=_sampler(resolved, dataset),
                 listener=listener,
                 quiet=quiet,
             )
         except (Stopped, NumericsError):
-            summary.write(folder, dataset)
+            summary.write(run.folder, dataset)
             raise
-    return Run(folder, summary.write(folder, dataset))
+    summary.write(run.folder, dataset)
+    return Run(run.folder)
+
+
+def _resume(
+    run: Run, options: dict[str, Any], overrides: Sequence[str], quiet: bool, show: Callable[[Any], None] | None
+) -> Run:
+    """Train a run to its end; what is given may change how, not what is learned."""
+    wanted = folders.with_whole_paths(read_config(run.written_config(), overrides, options))
+    wanted = resolve(wanted, wanted.model.vocab_size if wanted.model else 1)
+    resume.changes(run.config, wanted, run.folder)
+    with _counting(quiet) as progress:
+        dataset = run.dataset(progress)
+    return _train(wanted, run, dataset, quiet, show)
+
+
+def _fork(
+    run: Run,
+    new: Run,
+    options: dict[str, Any],
+    overrides: Sequence[str],
+    quiet: bool,
+    show: Callable[[Any], None] | None,
+) -> Run:
+    """A new run with the weights and the settings of another, but for what is given."""
+    config, same_text = folders.forked(run, new, overrides, options)
+    if folders.holds(new, config):
+        return _resume(new, {}, (), quiet, show)
+    with _counting(quiet) as progress:
+        dataset = run.dataset(progress) if same_text else _prepare(folders.with_tokenizer_of(config, run), quiet)
+    return _train(config, new, dataset, quiet, show, weights=run)
+
+
+def _prepare(config: RunConfig, quiet: bool) -> "Dataset":
+    """The tokens of the configured text; what was held out and left out is said."""
+    from kiem.data.prepare import prepare as make
+
+    with _counting(quiet) as progress:
+        return make(config.data, tokenizer_vocab_size(config), config.seed, runtime.cache_dir(), progress)
+
+
+@contextmanager
+def _counting(quiet: bool) -> Iterator[Callable[[int, int, int], None]]:
+    """A line on a terminal that says how far the text is."""
+    from kiem.format import bytes_text, count_text, plural
+    from kiem.training.progress import StatusLine
+
+    line = StatusLine(not quiet)
+    try:
+        yield lambda documents, size, tokens: line(
+            f"preparing: {plural(documents, 'document')}, {bytes_text(size)}, {count_text(tokens)} tokens"
+        )
+    finally:
+        line.clear()
+
+
+@contextmanager
+def _saying(text: str, wanted: bool) -> Iterator[None]:
+    """A text on the terminal while something takes its time."""
+    from kiem.training.progress import StatusLine
+
+    line = StatusLine(wanted)
+    line(text)
+    try:
+        yield
+    finally:
+        line.clear()
 
 
 def _sampler(config: RunConfig, dataset: "Dataset") -> Callable[[Any, int], list[dict[str, Any]]]:
@@ -202,62 +334,6 @@ def _listener(config: RunConfig, folder: Path) -> Iterator[Callable[[dict[str, A
         yield lambda record: board.sample(record) if record["kind"] == "sample" else board.record(record)
 
 
-def _resume(
-    folder: Path,
-    options: dict[str, Any],
-    overrides: Sequence[str],
-    out: str | Path | None,
-    minutes: float | None,
-    quiet: bool,
-    show: Callable[[Any], None] | None,
-) -> Run:
-    """Go on with a run: only what does not change it may be given."""
-    file = _config_file(folder)
-    if out is not None:
-        raise ConfigError(f"--out {out}: a run goes on in its own folder, {folder}: leave --out away")
-    if minutes is not None:
-        raise ConfigError(f"--minutes: {folder} has its length already: give --tokens to make it longer")
-    before, after = read_config(file), read_config(file, overrides, options)
-    old, new = _flat(before.model_dump()), _flat(after.model_dump())
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if wrong := [key for key in changed if key not in CHANGEABLE]:
-        raise ConfigError(
-            f"{folder}: {', '.join(wrong)} cannot change when a run goes on, as that is another run: start "
-            f"a new one, or change only {', '.join(sorted(CHANGEABLE))}"
-        )
-    if before.train.tokens and after.train.tokens and after.train.tokens < before.train.tokens:
-        raise ConfigError(
-            f"{folder}: train.tokens {after.train.tokens} is less than the run's {before.train.tokens}: "
-            "a run can be made longer, not shorter"
-        )
-    dataset = _dataset(after, quiet)
-    return _run(after, folder, dataset, quiet, show)
-
-
-def _dataset(config: RunConfig, quiet: bool) -> "Dataset":
-    """The tokens of the configured text, with a line of progress on standard error where that is a terminal."""
-    from kiem import runtime
-    from kiem.config.presets import tokenizer_vocab_size
-    from kiem.data.prepare import prepare as make
-
-    return make(config.data, tokenizer_vocab_size(config), config.seed, runtime.cache_dir(), _counter(quiet))
-
-
-def _counter(quiet: bool) -> Callable[[int, int, int], None] | None:
-    import sys
-
-    from kiem.format import bytes_text, count_text
-
-    if quiet or not sys.stderr.isatty():
-        return None
-    return lambda documents, size, tokens: print(
-        f"\r\033[Kprepare: {count_text(documents)} documents, {bytes_text(size)}, {count_text(tokens)} tokens",
-        end="",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
 def _options(data: Sources = None, **values: Any) -> dict[str, Any]:
     """The arguments that were given, by configuration key."""
     paths = {
@@ -281,84 +357,3 @@ def _check_minutes(minutes: float, tokens: Any, overrides: Sequence[str]) -> Non
         raise ConfigError(f"--minutes {minutes}: it takes a number above 0 and at most 525600 (a year)")
     if tokens is not None or any(text.partition("=")[0].strip() in ("tokens", "train.tokens") for text in overrides):
         raise ConfigError("--minutes and train.tokens both set the length of the run: keep one")
-
-
-def _check_vocabulary(config: RunConfig, dataset: "Dataset") -> None:
-    have, need = config.model.vocab_size, dataset.tokenizer.vocab_size
-    if have < need:
-        raise ConfigError(
-            f"model.vocab_size is {have} and the tokenizer ({config.data.tokenizer}) has {need} entries: set "
-            f"model.vocab_size={need} or more, or choose a smaller tokenizer"
-        )
-
-
-def _new_folder(out: str | Path | None, target: Target, config: RunConfig) -> Path:
-    """The folder of a new run: not there yet or empty, and in a place that can be written."""
-    folder = Path(out) if out is not None else Path("runs") / _name(target, config)
-    if folder.is_dir() and any(folder.iterdir()):
-        is_run = (folder / "config.yaml").exists()
-        advice = f"go on with it by `kiem train {folder}`, or " if is_run else ""
-        raise ConfigError(
-            f"{folder}: the folder exists and holds {'a run' if is_run else 'files'}: {advice}choose another with --out"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: is a file, the folder of a run was expected: choose another with --out")
-    parent = next((place for place in [folder, *folder.absolute().parents] if place.exists()), None)
-    if parent is None or not parent.is_dir():
-        raise ConfigError(f"{folder}: {parent} is not a folder: choose another place with --out")
-    try:
-        tempfile.TemporaryDirectory(prefix=".kiem-", dir=parent).cleanup()
-    except OSError as error:
-        reason = f"{parent} cannot be written ({error.strerror})"
-        raise StorageError(f"{folder}: {reason}: choose another place with --out") from None
-    return folder
-
-
-def _name(target: Target, config: RunConfig) -> str:
-    if isinstance(target, str | Path):
-        return Path(target).stem or "run"
-    if config.depth is not None:
-        return f"depth-{config.depth}"
-    return "default" if config.model is None else f"model-{config.model.n_layers}x{config.model.emb_dim}"
-
-
-def _config_file(folder: Path) -> Path:
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise CheckpointError(f"{folder}: is not the folder of a run: it has no config.yaml")
-    return file
-
-
-def _run_of(folder: Path) -> Path:
-    return folder if (folder / "config.yaml").is_file() else folder.resolve().parent.parent
-
-
-def _with_whole_paths(config: RunConfig) -> RunConfig:
-    """Paths from the root, so that a run goes on from any working folder."""
-
-    def whole(path: str) -> str:
-        return path if path in ("-", "python") or path.startswith("hf:") else os.path.abspath(os.path.expanduser(path))
-
-    def all_whole(sources: list[Source] | None) -> list[Source] | None:
-        return sources and [source.model_copy(update={"path": whole(source.path)}) for source in sources]
-
-    data = config.data
-    tokenizer = data.tokenizer if data.tokenizer in ("bpe", "bytes", "chars") else whole(data.tokenizer)
-    return config.model_copy(
-        update={
-            "data": data.model_copy(
-                update={
-                    "sources": all_whole(data.sources),
-                    "validation": all_whole(data.validation),
-                    "tokenizer": tokenizer,
-                }
-            )
-        }
-    )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found

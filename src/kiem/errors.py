@@ -10,6 +10,10 @@ class KiemError(Exception):
     exit_code = 1
 
 
+class KiemWarning(UserWarning):
+    """Something that the user should know and that stops nothing. It is said even to those who asked for quiet."""
+
+
 class ConfigError(KiemError):
     """A configuration, option or argument that cannot be used. Holds every problem found, one a line."""
 
@@ -47,6 +51,6 @@ class StorageError(KiemError):
 
 
 class Stopped(KiemError):
-    """The run was asked to stop (Ctrl-C or SIGTERM), has saved, and says how to go on."""
+    """The run was asked to stop (Ctrl-C or SIGTERM), has saved, and says how to resume it."""
 
     exit_code = 130

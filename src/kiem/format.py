@@ -65,6 +65,11 @@ def number_text(x: float | None, digits: int = 4) -> str:
     return f"{x:.{digits}f}"
 
 
+def plural(n: int, noun: str, nouns: str | None = None) -> str:
+    """A count with its noun: '1 step', '1,368 steps', '2 batches'."""
+    return f"{integer_text(n)} {noun if n == 1 else nouns or noun + 's'}"
+
+
 def percent_text(share: float | None) -> str:
     """A share 0..1 as a percentage: 0.4821 -> '48.2 %'."""
     return f"{100 * share:.1f} %" if is_number(share) else UNKNOWN

@@ -90,6 +90,7 @@ def make_data(folder, steps):
 def run_training(folder, steps, run, fault):
     from kiem.config.presets import resolve
     from kiem.data.shards import open_dataset
+    from kiem.runs.run import Run
     from kiem.training.loop import train
 
     dataset = open_dataset((folder / "where").read_text())
@@ -97,7 +98,7 @@ def run_training(folder, steps, run, fault):
     fault.install()
     if fault.kind in POISONS:
         poison(fault.kind, fault.n)
-    train(config, run, dataset, quiet=True)
+    train(config, Run(run), dataset, quiet=True)
 
 
 def poison(what, at):

@@ -8,14 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from kiem.errors import BusyError, StorageError
-from kiem.runs import checkpoint, folder, tensorfile
+from kiem.runs import checkpoint, tensorfile
+from kiem.runs.run import Run
 
 
 def save(run, step):
@@ -68,8 +67,8 @@ def assert_refused(run, code):
     assert str(run / "checkpoints") in text
     assert re.search(r"It needs 9\.\d\d KiB, [\d.,]+ \w*B free there", text), text
     assert names(run) == ["step-00000001"]
-    assert checkpoint.load_latest(run)[2] == {"step": 1}
-    assert checkpoint.load_latest(run)[3] == []
+    found, problems = checkpoint.newest(run)
+    assert found.state == {"step": 1} and problems == []
 
 
 @pytest.mark.parametrize("code", CODES, ids=[errno.errorcode[code] for code in CODES])
@@ -203,9 +202,10 @@ def test_a_save_killed_at_any_call_leaves_the_old_or_the_new(tmp_path, existing)
             checkpoint.save(run, 2, {"model": {"w": torch.ones(9)}, "random": {"cpu": torch.zeros(5)}}, {"new": 2})
 
         status = in_a_child(work)
-        with folder.lock(run):
+        with Run(run).writing():
             assert all(name.startswith("step-") for name in names(run))
-        _, _, state, problems = checkpoint.load_latest(run)
+        found, problems = checkpoint.newest(run)
+        state = found.state
         assert problems == []
         assert state in ({"old": 1}, {"new": 2})
         seen.add(json.dumps(state))
@@ -223,7 +223,7 @@ def test_leftovers_are_cleared_by_the_next_start(tmp_path):
     (path.parent / ".tmp-step-00000002-1/model.safetensors").write_bytes(b"half")
     path.rename(path.parent / ".old-step-00000001")
     assert checkpoint.latest(tmp_path) == (None, [])
-    with folder.lock(tmp_path):
+    with Run(tmp_path).writing():
         assert names(tmp_path) == ["step-00000001"]
     assert checkpoint.latest(tmp_path) == (path, [])
 
@@ -231,81 +231,16 @@ def test_leftovers_are_cleared_by_the_next_start(tmp_path):
 # One writer -----------------------------------------------------------------------------------------------------------
 
 
-def hold(run, ready):
-    with folder.lock(run):
-        Path(ready).touch()
-        time.sleep(60)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_two_processes_cannot_write_one_run_and_a_killed_one_lets_go(tmp_path):
-    run, ready = tmp_path / "run", tmp_path / "ready"
-    pid = os.fork()
-    if pid == 0:
-        try:
-            hold(run, ready)
-        finally:
-            os._exit(1)
-    try:
-        while not ready.exists():
-            time.sleep(0.005)
-        with pytest.raises(BusyError) as caught, folder.lock(run):
-            pass
-        assert f"process {pid} on " in str(caught.value)
-        assert str(run) in str(caught.value)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    with folder.lock(run):
+def test_a_run_folder_has_one_writer_and_says_who(tmp_path):
+    with Run(tmp_path / "run").writing():
+        assert (tmp_path / "run").is_dir()
+        with pytest.raises(BusyError, match=f"the run folder .*run is being written by process {os.getpid()} on"):
+            Run(tmp_path / "run").writing().__enter__()
+    with Run(tmp_path / "run").writing():
         pass
-
-
-def test_the_lock_holds_within_a_process_and_ends(tmp_path):
-    with checkpoint.lock(tmp_path) as run:
-        assert run == tmp_path
-        with pytest.raises(BusyError, match=f"process {os.getpid()}"), checkpoint.lock(tmp_path):
-            pass
-    with checkpoint.lock(tmp_path):
-        pass
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_fork_that_leaves_the_lock_does_not_open_it(tmp_path):
-    with folder.lock(tmp_path):
-        pid = os.fork()
-        if pid == 0:
-            try:
-                raise SystemExit
-            finally:
-                os._exit(0)
-        os.waitpid(pid, 0)
-        with pytest.raises(BusyError), folder.lock(tmp_path):
-            pass
-
-
-def test_without_locks_the_signature_decides(tmp_path, monkeypatch):
-    """Some network file systems have no locks: then the process that signed is asked for."""
-    monkeypatch.setattr(folder, "try_lock", lambda handle, shared=False: None)
-    with folder.lock(tmp_path), pytest.raises(BusyError), folder.lock(tmp_path):
-        pass
-    host = folder.socket.gethostname()
-    (tmp_path / ".lock").write_text(json.dumps({"pid": 999_999_999, "host": host, "started": 1.0}))
-    with folder.lock(tmp_path):
-        pass
-    (tmp_path / ".lock").write_text('{"pid": 1, "host": "elsewhere", "started": 1.0}')
-    with pytest.raises(BusyError, match="on elsewhere"), folder.lock(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"pid": "x"}', "\x00" * 50])
-def test_a_lock_file_with_any_text_can_be_taken(tmp_path, text):
-    (tmp_path / ".lock").write_text(text)
-    with folder.lock(tmp_path) as held:
-        assert held == tmp_path
-        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
 def test_a_run_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"cannot write the run folder .*file"), folder.lock(tmp_path / "file"):
+    with pytest.raises(StorageError, match=r"cannot write the run folder .*file"), Run(tmp_path / "file").writing():
         pass

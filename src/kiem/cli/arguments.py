@@ -22,7 +22,8 @@ class Count(click.ParamType):
         return count
 
 
-def output_options(function):
+def output_options(function: Any) -> Any:
+    """--json and --quiet."""
     function = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")(function)
     return click.option("--quiet", "-q", is_flag=True, help="No progress.")(function)
 

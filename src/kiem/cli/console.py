@@ -1,15 +1,85 @@
-"""Where verbs print: results on standard output, what is only of interest on the way on standard error."""
+"""Where subcommands print: results on standard output, what is only of interest on the way on standard error.
 
-import json
+No failure to print ends anything that runs: what cannot be written to standard error is dropped, and standard output
+that is closed or full is told by `main` once the work is done.
+"""
+
+import errno
+import os
 import sys
-from typing import Any
+from contextlib import suppress
+from typing import IO, Any
 
 import click
+
+from kiem.errors import StorageError
+from kiem.files import to_json
+from kiem.training.progress import Shield, StatusLine
+
+__all__ = ["StatusLine", "print_json", "print_rich", "safe_streams", "to_stderr"]
+
+
+class OutputError(StorageError):
+    """Standard output cannot be written."""
+
+
+class ReaderGone(Exception):
+    """The reader of standard output has what it wanted and has left."""
+
+
+class _Output:
+    """Standard output whose failures are KiemErrors."""
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if not isinstance(text, str):
+            raise TypeError("text is expected")
+        return self._try("write", text)
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            self._try("flush")
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def _try(self, name: str, *arguments: Any) -> Any:
+        try:
+            if self._stream is None:
+                raise OSError(errno.EBADF, "it is closed")
+            return getattr(self._stream, name)(*arguments)
+        except BrokenPipeError as problem:
+            raise ReaderGone from problem
+        except UnicodeEncodeError:
+            stream = self._stream
+            encoding = getattr(stream, "encoding", None) or "ascii"
+            return self._try(name, arguments[0].encode(encoding, "backslashreplace").decode(encoding))
+        except OSError as problem:
+            raise OutputError(
+                f"standard output cannot be written: {problem.strerror or problem}. What was to be done is done; only "
+                "its result could not be printed. Run it again with another output, or redirect it to a file"
+            ) from problem
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def safe_streams() -> tuple[Any, Any]:
+    """(standard output, standard error) made so that a failure of one is told as such, of the other not at all."""
+    return _Output(sys.stdout), Shield(sys.stderr)
+
+
+def silence_output() -> None:
+    """Let nothing more be written to standard output: the interpreter flushes it at its end, and would complain."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def print_json(value: Any) -> None:
     """One JSON document."""
-    click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    click.echo(to_json(value, indent=1))
 
 
 def print_rich(renderable: Any) -> None:
@@ -24,41 +94,3 @@ def to_stderr(renderable: Any) -> None:
     from rich.console import Console
 
     Console(stderr=True).print(renderable)
-
-
-class StatusLine:
-    """One line on a terminal's standard error that is written over; nothing elsewhere."""
-
-    def __init__(self, wanted: bool = True):
-        import time
-
-        self._clock, self._shown, self._wanted = time.monotonic, 0.0, wanted and sys.stderr.isatty()
-        self._there = False
-
-    def __call__(self, text: str) -> None:
-        """Show a text, at most twice a second."""
-        if self._wanted and self._clock() - self._shown > 0.5:
-            self._shown, self._there = self._clock(), True
-            print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        """Take the line away."""
-        if self._there:
-            self._there = False
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-
-    def beside(self, stream: Any) -> Any:
-        """The stream; what is written to it takes the line away first."""
-        return _Beside(self, stream) if self._wanted else stream
-
-
-class _Beside:
-    def __init__(self, line: StatusLine, stream: Any):
-        self._line, self._stream = line, stream
-
-    def write(self, text: str) -> int:
-        self._line.clear()
-        return self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)

@@ -1,5 +1,6 @@
 """The subcommands on the way to a model: plan, prepare, train."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -7,11 +8,15 @@ import click
 from kiem.cli.arguments import Count, is_override, output_options, parse_sources, split_target
 from kiem.cli.console import print_json, print_rich, to_stderr
 
+TOKENIZER = "bpe, bytes, chars, a tokenizer.json, or a folder with one or with vocab.json and merges.txt."
+
 
 @click.command()
 @click.argument("target", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--depth", type=int, help="Layers of the default family; sets width, batch, rates and length.")
+@click.option(
+    "--depth", type=int, help="Number of layers; width, batch size, learning rates and length follow from it."
+)
 @click.option(
     "--data",
     "data",
@@ -19,14 +24,16 @@ from kiem.cli.console import print_json, print_rich, to_stderr
     metavar="PATH[=WEIGHT]",
     help="File, folder, glob, '-', 'python' or hf:NAME. Repeatable.",
 )
-@click.option("--tokens", type=Count(), help="Length of the run in tokens.")
-@click.option("--minutes", type=float, help="Length of the run in minutes on this machine, all included.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. Default: runs/NAME.")
-@click.option("--seed", type=int, help="Of weights, order, dropout and samples.")
+@click.option("--tokens", type=Count(), help="Training length in tokens.")
+@click.option("--minutes", type=float, help="Target wall-clock time, including evaluation and saving.")
+@click.option("--tokenizer", help=TOKENIZER)
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: runs/NAME, from the data.")
+@click.option("--fork", type=click.Path(path_type=Path), help="Start a new run in this folder from TARGET's weights.")
+@click.option("--seed", type=int, help="Seed of weights, data order, dropout and samples.")
 @click.option("--device", help="auto, cpu, cuda or cuda:N.")
 @output_options
-def train(target, overrides, depth, data, tokens, minutes, out, seed, device, quiet, as_json) -> None:
-    """Train a model. TARGET is a config file, a preset (gpt2-124m, ...), or the folder of a run, which is resumed.
+def train(target, overrides, quiet, as_json, **options) -> None:
+    """Train a model. TARGET is a config file, a preset (gpt2-124m, ...), or a run folder, which is resumed.
 
     \b
     Examples:
@@ -34,38 +41,32 @@ def train(target, overrides, depth, data, tokens, minutes, out, seed, device, qu
       kiem train --data notes.txt --depth 4 --minutes 10
       kiem train --data web.jsonl.zst=3 --data books/=1 --tokens 50M
       kiem train GPT_CONFIG_124M.json --data corpus/ train.optimizer=adamw
-      kiem train runs/books tokens=100M
+      kiem train runs/books                           resume it
+      kiem train runs/books tokens=100M               make it longer
+      kiem train runs/books --fork runs/poems --data poems/ train.lr=1e-4
     """
     from kiem import api
 
     target, overrides = split_target(target, overrides)
     show = None if as_json or quiet else to_stderr
-    run = api.train(
-        target,
-        data=parse_sources(data),
-        out=out,
-        depth=depth,
-        tokens=tokens,
-        minutes=minutes,
-        seed=seed,
-        device=device,
-        overrides=overrides,
-        quiet=quiet,
-        show=show,
-    )
+    options["data"] = parse_sources(options["data"])
+    run = api.train(target, overrides=overrides, quiet=quiet, show=show, **options)
     if as_json:
         print_json({"run": str(run.folder), "report": run.report})
-    else:
-        from kiem.report.summary import render_terminal
+        return
+    from kiem.report.summary import render_terminal
 
-        print_rich(render_terminal(run.report))
-        click.echo(f"report: {run.folder / 'report.html'}\nsample: kiem generate {run.folder}")
+    report, folder = run.report, shlex.quote(str(run.folder))
+    print_rich(render_terminal(report))
+    click.echo(f"report: {run.folder / 'report.html'}\nsample: kiem generate {folder}")
+    if report.get("tokens"):
+        click.echo(f"train longer: kiem train {folder} tokens={2 * report['tokens']}")
 
 
 @click.command()
 @click.argument("sources", nargs=-1, metavar="[SOURCE]... [KEY=VALUE]...")
 @click.option("--config", type=click.Path(path_type=Path), help="Take the data section of this file.")
-@click.option("--tokenizer", help="bpe, bytes, chars, a tokenizer.json, or a folder with vocab.json and merges.txt.")
+@click.option("--tokenizer", help=TOKENIZER)
 @output_options
 def prepare(sources, config, tokenizer, quiet, as_json) -> None:
     """Turn text into tokens on disk. `kiem train` does this by itself; here it happens ahead of time.
@@ -90,13 +91,12 @@ def prepare(sources, config, tokenizer, quiet, as_json) -> None:
     if as_json:
         print_json(report)
         return
-    from kiem.format import bytes_text, integer_text
+    from kiem.format import bytes_text, integer_text, plural
 
     train, held_out = report["training"], report["validation"]
     click.echo(
-        f"{integer_text(report['documents'])} documents, {bytes_text(report['bytes'])}, "
-        f"{integer_text(report['tokens'])} tokens, "
-        f"vocabulary of {integer_text(report['vocab_size'])}"
+        f"{plural(report['documents'], 'document')}, {bytes_text(report['bytes'])}, "
+        f"{plural(report['tokens'], 'token')}, vocabulary of {integer_text(report['vocab_size'])}"
     )
     click.echo(
         f"training {integer_text(train['tokens'])} tokens, "
@@ -113,21 +113,32 @@ def prepare(sources, config, tokenizer, quiet, as_json) -> None:
 @click.command()
 @click.argument("target", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--depth", type=int, help="Layers of the default family.")
+@click.option("--depth", type=int, help="Number of layers of the default family.")
+@click.option("--data", "data", multiple=True, metavar="PATH[=WEIGHT]", help="The text, which is prepared. Repeatable.")
+@click.option("--minutes", type=float, help="Target wall-clock time; the length follows from it.")
 @click.option("--no-measure", is_flag=True, help="Skip timing on this machine.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
-def plan(target, overrides, depth, no_measure, as_json) -> None:
+@output_options
+def plan(target, overrides, depth, data, minutes, no_measure, quiet, as_json) -> None:
     """Parameters, FLOPs, memory and time of a run before anything is built.
 
     \b
     Examples:
       kiem plan gpt2-124m
       kiem plan GPT_CONFIG_124M.json train.batch_tokens=16384
+      kiem plan --data books/ --minutes 10
       kiem plan --depth 6 --no-measure --json
     """
     from kiem import api
     from kiem.planning.predict import render
 
     target, overrides = split_target(target, overrides)
-    found = api.plan(target, depth=depth, overrides=overrides, measure=not no_measure)
+    found = api.plan(
+        target,
+        data=parse_sources(data),
+        depth=depth,
+        minutes=minutes,
+        overrides=overrides,
+        measure=not no_measure,
+        quiet=quiet or as_json,
+    )
     print_json(found.to_dict()) if as_json else print_rich(render(found))

@@ -221,8 +221,10 @@ def _allowed(type_: str, annotation: Any, field: FieldInfo) -> str:
 
 
 def _text(field: FieldInfo) -> str:
-    if any(getattr(part, "pattern", None) for part in field.metadata):
-        return "one of auto, cpu, cuda, cuda:0, cuda:1, ..."
+    for pattern in filter(None, (getattr(part, "pattern", None) for part in field.metadata)):
+        if "cuda" in pattern:
+            return "one of auto, cpu, cuda, cuda:0, cuda:1, ..."
+        return "whole numbers, separated by commas"
     return "text that is not empty"
 
 

@@ -18,7 +18,8 @@ from kiem.config import keys as names
 from kiem.config.formats import Dumper, describe, parse_count, parse_value, read_mapping
 from kiem.config.model import ModelConfig
 from kiem.config.run import DataConfig, RunConfig
-from kiem.errors import ConfigError, StorageError
+from kiem.errors import ConfigError
+from kiem.files import write_atomically
 
 _REMOVE = object()
 _OPTIONS = {"data.sources": "--data"}  # options that are not called as their key is
@@ -53,20 +54,14 @@ def config_dict(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(exclude_none=True)
 
 
+def config_text(config: RunConfig) -> str:
+    """The contents of a `config.yaml`."""
+    return yaml.dump(config_dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
 def write_config(config: RunConfig, path: str | Path) -> None:
     """Write `config.yaml`, whole or not at all. Raises StorageError."""
-    path = Path(path)
-    text = yaml.dump(config_dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path}: the configuration cannot be written: {error.strerror}") from None
+    write_atomically(Path(path), config_text(config))
 
 
 class Draft:

@@ -117,6 +117,16 @@ class TrainConfig(Config):
         description="recompute each block in backward: less memory, more time",
         json_schema_extra=EXECUTION,
     )
+    skip_batches: str | None = Field(
+        None,
+        pattern=r"^[1-9][0-9]*(,[1-9][0-9]*)*$",
+        max_length=4000,
+        description="steps, such as 1205,1206, whose batch is replaced by another: for one that cannot be trained on",
+        json_schema_extra=EXECUTION,
+    )
+    stop_on_divergence: bool = Field(
+        True, description="stop when the loss has exploded and stays high", json_schema_extra=EXECUTION
+    )
     eval_every: int = Field(
         DERIVED, ge=1, description="steps between evaluations on held-out text", json_schema_extra=EXECUTION
     )
@@ -134,6 +144,10 @@ class TrainConfig(Config):
     tensorboard: bool = Field(
         False, description="also write TensorBoard files (needs kiem[tensorboard])", json_schema_extra=EXECUTION
     )
+
+    def skipped_steps(self) -> frozenset[int]:
+        """The steps of `skip_batches`."""
+        return frozenset(map(int, self.skip_batches.split(","))) if self.skip_batches else frozenset()
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainConfig":

@@ -137,7 +137,7 @@ def list_items(source: Source, cache: Path | None = None) -> list[Item]:
     if path == "python":
         return _without_copies(_digested(_standard_library(), cache))
     if path == "-":
-        spooled = _spool(cache or Path(tempfile.gettempdir()))
+        spooled = spool_stdin(cache or Path(tempfile.gettempdir()))
         return [replace(item, name="standard input") for item in _digested([(str(spooled), spooled)], cache)]
     return _digested(_files(path), cache)
 
@@ -219,7 +219,7 @@ def _without_copies(items: Iterable[Item]) -> list[Item]:
 
 
 @lru_cache(maxsize=8)  # standard input can be read once, its text may be asked for again
-def _spool(folder: Path) -> Path:
+def spool_stdin(folder: Path) -> Path:
     """Copy standard input into a file named by its contents."""
     stream = getattr(sys.stdin, "buffer", None)
     if stream is None or sys.stdin.isatty():

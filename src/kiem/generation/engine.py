@@ -2,23 +2,21 @@
 
 import math
 import secrets
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from pathlib import Path
 
 import torch
 
-from kiem.config.read import read_config
 from kiem.config.run import RunConfig
 from kiem.data.tokenizer import Tokenizer
-from kiem.errors import CheckpointError, ConfigError
+from kiem.errors import ConfigError
 from kiem.generation.decode import Decoder
 from kiem.generation.sample import Sampling, is_whole
 from kiem.generation.text import TextStream
 from kiem.model.transformer import Transformer
 from kiem.runs import checkpoint
+from kiem.runs.run import Run
 from kiem.runtime import select_device
 
 CACHE_BYTES = 1 << 30  # most memory for keys and values at once; more sequences than fit go one batch after another
@@ -175,31 +173,16 @@ class LanguageModel:
                 return
 
 
-def load(path: str | Path, device: str = "auto") -> LanguageModel:
-    """The model of a run folder (its newest whole checkpoint) or of one checkpoint folder in it, computing in float32.
+def load(run: Run, device: str = "auto") -> LanguageModel:
+    """The model of a run (its named checkpoint, or its newest whole one), computing in float32, with its own tokenizer.
 
     A damaged newer checkpoint is passed over with a warning. Raises CheckpointError if there is none to load.
     """
-    path = Path(path).expanduser()
-    run = path.resolve().parent.parent if path.resolve().parent.name == "checkpoints" else path
-    if not (run / "config.yaml").is_file():
-        what = f"there is no {run / 'config.yaml'}" if path.exists() else "it does not exist"
-        raise CheckpointError(
-            f"{path} is not a run folder: {what}. Name the folder that `kiem train` wrote, or a checkpoint in it."
-        )
-    config = read_config(run / "config.yaml")
-    tokenizer = Tokenizer.load(run / "tokenizer")
-    if run is path:
-        found, tensors, _, problems = checkpoint.load_latest(run, groups=("model",))
-        if found is None:
-            raise CheckpointError("\n".join([f"the run {run} has no whole checkpoint", *problems]))
-        for problem in problems:
-            warnings.warn(f"{problem}; using {found.name}", stacklevel=2)
-    else:
-        found, (tensors, _) = path, checkpoint.load(path, groups=("model",))
-    model = Transformer(config.model)
-    checkpoint.restore(model.state_dict(), tensors["model"], found, "model")
-    return LanguageModel(model.to(select_device(device)).eval(), tokenizer, config)
+    place = select_device(device)
+    found = run.read(("model",))
+    model = Transformer(run.config.model)
+    checkpoint.restore(model.state_dict(), found.tensors["model"], found.path, "model")
+    return LanguageModel(model.to(place).eval(), run.tokenizer, run.config)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kiem.errors import CheckpointError, ConfigError, DataError
+from kiem.errors import ConfigError, DataError
 from kiem.inspect.program import Program, function, script
 
 if TYPE_CHECKING:
@@ -154,54 +154,23 @@ def _configured(target: str) -> Program:
 
 def _run_folder(path: Path) -> Program:
     """The model of a run's newest checkpoint (or of the checkpoint named) on the batch that it would train on next."""
-    from kiem.config.presets import resolve
-    from kiem.config.read import read_config
     from kiem.data.loader import Loader
     from kiem.runs import checkpoint
+    from kiem.runs.run import Run
 
-    one = path.resolve().parent.name == "checkpoints"
-    run = path.resolve().parent.parent if one else path
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{path}: is a folder, but not that of a run: it has no config.yaml: give {KINDS}")
-    config = read_config(run / "config.yaml")
-    if one:
-        found, (tensors, state) = path, checkpoint.load(path, ("model",))
-    else:
-        found, tensors, state, problems = checkpoint.load_latest(run, ("model",))
-        if found is None:
-            raise CheckpointError(
-                "\n".join([f"{run}: the run has no whole checkpoint: train it, or name another", *problems])
-            )
-    dataset = _dataset(run, config, state)
-    config = resolve(config, dataset.tokenizer.vocab_size)
+    run = Run.at(path)
+    found, config = run.read(("model",)), run.config
+    try:
+        dataset = run.dataset()
+    except DataError as error:
+        raise DataError(f"{error}. Or give {run.config_file} to see the model on random tokens") from None
     model = _model(config)
-    checkpoint.restore(model.state_dict(), tensors["model"], found, "model")
-    context, step = config.model.context_length, state["step"]
+    checkpoint.restore(model.state_dict(), found.tensors["model"], found.path, "model")
+    context, step = config.model.context_length, found.state["step"]
     loader = Loader(dataset, context, config.train.batch_tokens // context, config.seed)
     parts = loader.batch(step).micro(config.train.micro_batch_tokens // context)
     some = f", the first {len(parts[0].tokens_BT)} of its {loader.batch_size} rows" if len(parts) > 1 else ""
-    return _of_model(f"{path}, {found.name} on the batch of step {step + 1}{some}", model, config, parts[0])
-
-
-def _dataset(run: Path, config: RunConfig, state: dict[str, Any]) -> Any:
-    from kiem import runtime
-    from kiem.config.presets import tokenizer_vocab_size
-    from kiem.data.prepare import prepare
-
-    try:
-        dataset = prepare(config.data, tokenizer_vocab_size(config), config.seed, runtime.cache_dir())
-    except DataError as error:
-        raise DataError(
-            f"{run}: the text of its next batch cannot be read: {error} Bring the text back, or give "
-            f"{run / 'config.yaml'} to see the model on random tokens."
-        ) from None
-    if state["data"] != dataset.fingerprint:
-        raise DataError(
-            f"{run}: its text or tokenizer has changed since it was trained (fingerprint "
-            f"{state['data'][:12]}, now {dataset.fingerprint[:12]}): bring the text back, or give "
-            f"{run / 'config.yaml'} to see the model on random tokens."
-        )
-    return dataset
+    return _of_model(f"{path}, {found.path.name} on the batch of step {step + 1}{some}", model, config, parts[0])
 
 
 def _model(config: RunConfig) -> Transformer:

@@ -1,26 +1,27 @@
 """The numbers of a run: metrics.jsonl and samples.jsonl, append-only, one JSON object a line; and the rates in them.
 
 A line is written by one system call, so that a killed process leaves whole lines. A number that JSON cannot hold is
-written as the string "NaN", "Infinity" or "-Infinity": hiding it as null would hide a broken run (FAILURES T2).
+written by its name (files.NON_FINITE): hiding it as null would hide a broken run.
 """
 
-import json
 import math
 import os
-import tempfile
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kiem.errors import DataError, StorageError
+from kiem.files import NON_FINITE, from_json, open_regular, storage_error, to_json, write_atomically
 
 # kind -> key -> what it is. The table in docs/report.md is held equal to this one by a test.
 RECORDS: dict[str, dict[str, str]] = {
     "start": {
         "step": "updates done before this start (0 for a new run)",
         "tokens": "training tokens seen before this start",
-        "reason": "`new` or `resumed`",
+        "reason": "`new`, `resumed`, or where the weights of a fork are from",
+        "changed": "settings that differ from those before: {key: [before, now]}; null if there are none",
         "time": "ISO 8601, with the offset from UTC",
     },
     "step": {
@@ -75,8 +76,8 @@ SAMPLE_KEYS: dict[str, str] = {
     "temperature": "of the sampling; 0 is greedy",
 }
 SYNCED_KINDS = frozenset({"save", "stop", "end"})
-NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 TEXT_KEYS = frozenset({"kind", "reason", "time", "path", "prompt", "text"})
+MOST_LINE_BYTES = 64 << 20
 
 
 def tokens_per_second(tokens: int, seconds: float) -> float:
@@ -117,14 +118,16 @@ class JsonLines:
 
     def _open(self) -> None:
         with _storage(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.close()
-            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+            self._file = os.open(self.path, flags, 0o666)
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                self.close()
+                raise OSError("not a regular file")
 
     def append(self, record: Mapping[str, Any], sync: bool = False) -> None:
         """Write one record. With `sync` it is on the disk, not only with the operating system, when this returns."""
-        text = json.dumps(_jsonable(record), ensure_ascii=False, allow_nan=False)
-        line = (text + "\n").encode("utf-8", "backslashreplace")
+        line = (to_json(record) + "\n").encode()
         with _storage(self.path):
             before = os.fstat(self._file).st_size
             try:
@@ -137,39 +140,38 @@ class JsonLines:
                 os.ftruncate(self._file, before)  # no half line stays
                 raise
 
-    def truncate(self, step: int) -> None:
+    def sync(self) -> None:
+        """Wait until every record is on the disk, not only with the operating system."""
+        with _storage(self.path):
+            os.fsync(self._file)
+
+    def truncate(self, step: int) -> list[str]:
         """Drop the records after `step`, and lines that are not whole records; what a resume begins with.
 
-        The file is replaced at once: whenever the process dies, it is the old one or the new one.
+        The file is replaced at once: whenever the process dies, it is the old one or the new one. Returns one text for
+        each damaged line that was dropped (a half-written last line is none).
         """
-        with _storage(self.path):
-            handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        problems: list[str] = []
+        with open_regular(self.path) as old:
+            kept = [line for line, record in _lines(old, self.path.name, problems) if _step_of(record) <= step]
+            whole = old.tell()
+        if sum(map(len, kept)) != whole:
+            self.close()  # Windows replaces no open file
             try:
-                with os.fdopen(handle, "wb") as new, open(self.path, "rb") as old:
-                    for line in old:
-                        record = parse_line(line)
-                        if record is not None and _step_of(record) <= step:
-                            new.write(line)
-                    new.flush()
-                    os.fsync(new.fileno())
-                os.chmod(name, self.path.stat().st_mode & 0o777)
-                self.close()  # Windows replaces no open file
-                os.replace(name, self.path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+                write_atomically(self.path, b"".join(kept))
             finally:
                 self._open()
+        return problems
 
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
-    def __enter__(self):
+    def __enter__(self) -> "JsonLines":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -183,17 +185,21 @@ class MetricsLog(JsonLines):
         self.append({"kind": kind, **fields}, sync=kind in SYNCED_KINDS)
 
 
+    def last_kind(self) -> str | None:
+        """The kind of the last record."""
+        kind = None
+        for record in iter_records(self.path):
+            kind = record.get("kind")
+        return kind
+
+
 def iter_records(path: str | Path, problems: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """Records of a JSONL file in order. A missing file has none; a half-written last line is left out in silence;
     any other line that is not a record is left out and named in `problems`. Raises DataError if it cannot be read."""
     try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                record = parse_line(line)
-                if record is not None:
-                    yield record
-                elif problems is not None and line.endswith(b"\n"):
-                    problems.append(f"{Path(path).name}, line {number}: not a JSON object, left out")
+        with open_regular(Path(path)) as file:
+            for _, record in _lines(file, Path(path).name, problems if problems is not None else []):
+                yield record
     except FileNotFoundError:
         return
     except OSError as error:
@@ -205,13 +211,31 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return list(iter_records(path))
 
 
+def _lines(file: Any, name: str, problems: list[str]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each whole line that is a record, and the record; the others are named in `problems`."""
+    number, before = 0, None
+    while line := file.readline(MOST_LINE_BYTES):
+        number += 1
+        record = parse_line(line)
+        if record is None:
+            if line.endswith(b"\n"):
+                problems.append(f"{name}, line {number}: damaged, left out")
+            continue
+        if record.get("kind") == "step" and isinstance(step := record.get("step"), int):
+            if before is not None and step > before + 1:
+                problems.append(f"{name}, line {number}: no record of step {before + 1}"
+                                + (f" to {step - 1}" if step > before + 2 else ""))
+            before = step
+        yield line, record
+
+
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """The record on a whole line, or None."""
     if not line.endswith(b"\n"):
         return None
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = from_json(line)
+    except ValueError:
         return None
     if not isinstance(record, dict):
         return None
@@ -226,31 +250,12 @@ def _step_of(record: dict[str, Any]) -> float:
     return step if isinstance(step, int | float) else math.inf
 
 
-def _jsonable(value: Any) -> Any:
-    """Plain JSON values: numpy and torch scalars become numbers, non-finite floats their names, paths text."""
-    if isinstance(value, Mapping):
-        return {str(k): _jsonable(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(v) for v in value]
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if not isinstance(value, float) and hasattr(value, "item"):
-        return _jsonable(value.item())
-    x = float(value)
-    if math.isfinite(x):
-        return x
-    return "NaN" if math.isnan(x) else ("Infinity" if x > 0 else "-Infinity")
-
-
 @contextmanager
 def _storage(path: Path) -> Iterator[None]:
     """Turns the operating system's refusal into a StorageError that names the file."""
     try:
         yield
+    except StorageError:
+        raise
     except OSError as error:
-        raise StorageError(
-            f"{path} cannot be written: {error.strerror or error}. What was complete before is untouched; make room or "
-            "choose another folder, then resume the run by naming its folder"
-        ) from error
+        raise storage_error(error, str(path), path.parent) from error

@@ -1,8 +1,8 @@
 """Tensors in one safetensors file: written without a copy and hashed on the way, read when the checksum is right.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes with the header's length, a JSON header that gives each
-tensor's data type, shape and place, then the bytes. Any safetensors reader opens these files. The library itself is not
-used to write them because it neither hashes on the way nor passes on the operating system's error.
+tensor's data type, shape and place, then the bytes. Any safetensors reader opens these files. The library reads them;
+it does not write them because it neither hashes on the way nor passes on the operating system's error.
 """
 
 import contextlib
@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from kiem.files import from_json, open_regular
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -73,26 +76,36 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     """Read a file of `write_tensors`: tensors on the CPU, each with memory of its own.
 
     Of its own, because torch.set_rng_state reads from the beginning of the storage, wherever in it the tensor is.
-    Raises ValueError if the checksum differs; no byte is interpreted before it is right.
+    Raises ValueError if the checksum differs or the file is not whole safetensors; no byte is interpreted before its
+    checksum is right.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             raise ValueError("checksum differs")
-        file.seek(0)
-        length, = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        aliases = json.loads(header.pop("__metadata__")[_ALIASES])
-        named = {}
-        for name, entry in header.items():
-            named[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-            file.seek(8 + length + entry["data_offsets"][0])
-            file.readinto(_raw(named[name]))
+    try:
+        with safe_open(path, "pt") as opened:
+            aliases = from_json((opened.metadata() or {}).get(_ALIASES, "{}"))
+            named = {name: _own(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118, no mapping
+    except SafetensorError as problem:
+        raise ValueError(str(problem)) from problem
+    if not isinstance(aliases, dict) or not all(
+        isinstance(stored, str) and stored in named and name not in named for name, stored in aliases.items()
+    ):
+        raise ValueError("its list of shared tensors does not fit its tensors")
     return named | {name: named[stored] for name, stored in aliases.items()}
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor alone in its storage: some versions of safetensors give views of one mapped file."""
+    alone = tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone()
 
 
 def _unique(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each distinct tensor under its first name, and {other name: first name}."""
-    kept, first, aliases = {}, {}, {}
+    kept: dict[str, Tensor] = {}
+    first: dict[Any, str] = {}
+    aliases: dict[str, str] = {}
     for name, tensor in named.items():
         key = None
         with contextlib.suppress(RuntimeError, NotImplementedError):  # a layout without storage: refused later, by name

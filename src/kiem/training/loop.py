@@ -4,24 +4,27 @@ At the end of a step, in this order: its record, an evaluation, a sample, a chec
 stands after every record up to k, and a resume that drops the records after k writes them again, equal.
 """
 
-import json
 import math
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
+import torch
+
 from kiem import runtime
-from kiem.config.read import config_dict, write_config
+from kiem.config.read import config_dict
 from kiem.config.run import RunConfig
 from kiem.data.loader import Batch, Loader
 from kiem.data.shards import Dataset
-from kiem.errors import NumericsError, Stopped
+from kiem.errors import CheckpointError, NumericsError, Stopped
 from kiem.model.transformer import Transformer
 from kiem.optim.groups import build_optimizer
 from kiem.optim.state import load_state_tensors, state_tensors
-from kiem.runs import checkpoint, metrics
+from kiem.runs import checkpoint, metrics, resume
+from kiem.runs.run import Run
 from kiem.training import guard
 from kiem.training.evaluate import Evaluation, evaluate
 from kiem.training.objective import NextToken
@@ -29,42 +32,37 @@ from kiem.training.progress import Progress
 from kiem.training.step import StepResult, train_step
 
 Sampler = Callable[[Transformer, int], list[dict[str, Any]]]  # (model, step) -> records of samples.jsonl
+SKIP_AHEAD = 1 << 32  # a batch that is left out is replaced by one from so many steps later, which no run comes to
 Listener = Callable[[dict[str, Any]], None]  # takes every record of metrics.jsonl and samples.jsonl
 
 
 def train(
     config: RunConfig,
-    folder: Path,
+    run: Run,
     dataset: Dataset,
     *,
     plan: dict[str, Any] | None = None,
+    weights: Run | None = None,
     sampler: Sampler | None = None,
     listener: Listener | None = None,
     quiet: bool = False,
-) -> Evaluation:
-    """Train from the newest whole checkpoint in `folder` (or from the start) to the last token; return the final
-    evaluation.
+) -> None:
+    """Train from the newest whole checkpoint of `run` (or from the start) to the last token.
 
-    config: resolved. plan: contents of plan.json. Ctrl-C and SIGTERM end the step, save, and raise Stopped;
-    NumericsError, StorageError, BusyError, CheckpointError and DataError as their names say.
+    config: resolved. plan: contents of plan.json. weights: the run whose weights a new run starts from. Ctrl-C and
+    SIGTERM end the step, save, and raise Stopped; NumericsError, StorageError, BusyError, CheckpointError, ConfigError
+    and DataError as their names say.
     """
     runtime.set_up_process()
     # What cannot work fails here, before there is a folder.
     flops = None if plan is None else plan["flops_per_token"]["total_flops"]
-    trainer = Trainer(config, folder, dataset, sampler, listener, flops)
-    with checkpoint.lock(folder):
-        notes = trainer.restore()
-        write_facts(config, folder, dataset, plan)
-        return trainer.run(Progress(config.train.tokens, trainer.steps, tokens=trainer.tokens, quiet=quiet), notes)
-
-
-def write_facts(config: RunConfig, folder: Path, dataset: Dataset, plan: dict[str, Any] | None) -> None:
-    """What a run folder says of itself besides its progress: config.yaml, tokenizer/, plan.json."""
-    write_config(config, folder / "config.yaml")
-    dataset.tokenizer.save(folder / "tokenizer")
-    if plan is not None:
-        text = json.dumps(plan, indent=1)
-        (folder / "plan.json").write_text(text, encoding="utf-8")
+    trainer = Trainer(config, run, dataset, sampler, listener, flops)
+    with run.writing():
+        start = trainer.restore(weights)
+        run.write_facts(config, dataset.tokenizer, plan)
+        with trainer.open_logs(start):
+            progress = Progress(config.train.tokens, trainer.steps, tokens=trainer.tokens, quiet=quiet)
+            trainer.run(progress, start)
 
 
 class Trainer:
@@ -73,13 +71,13 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        folder: Path,
+        run: Run,
         dataset: Dataset,
         sampler: Sampler | None,
         listener: Listener | None,
         flops_per_token: int | None = None,
     ):
-        self.config, self.folder, self.dataset = config, folder, dataset
+        self.config, self.of, self.folder, self.dataset = config, run, run.folder, dataset
         self.sampler, self.listener = sampler, listener
         self.train, context = config.train, config.model.context_length
         self.objective = NextToken(documents_apart=not config.data.cross_document_attention)
@@ -96,38 +94,56 @@ class Trainer:
         runtime.seed_everything(config.seed)
         self.watch = guard.Watch()
         self.step, self.tokens = 0, 0  # updates done, training tokens seen
-        self.stop_signal = None
-        self.log = metrics.MetricsLog(folder / "metrics.jsonl")
-        self.samples = metrics.JsonLines(folder / "samples.jsonl")
+        self.stop_signal: int | None = None
+        self.skipped = self.train.skipped_steps()
+        self.origin: str | None = None  # of a fork: where its weights are from
         self.matmul_rate = runtime.matmul_rate(self.device, dtype)
         self.flops_per_token = flops_per_token
 
-    def run(self, progress: Progress, notes: list[str]) -> Evaluation:
-        """From where `restore` left off to the end. `notes` are shown first."""
+    @contextmanager
+    def open_logs(self, start: resume.Start) -> Iterator[None]:
+        """metrics.jsonl and samples.jsonl, without the records of steps that will be made again."""
+        log = metrics.MetricsLog(self.folder / "metrics.jsonl")
+        samples = metrics.JsonLines(self.folder / "samples.jsonl")
+        with log, samples:
+            self.log, self.samples = log, samples
+            start.notes += log.truncate(self.step)
+            start.notes += samples.truncate(self.step or -1)  # those before training are drawn again too
+            yield
+
+    def run(self, progress: Progress, start: resume.Start) -> None:
+        """From where `restore` left off to the end. What `start` has to say is shown first."""
         self.progress = progress
-        with self.progress, self.log, self.samples, runtime.deferred_signals(self.on_signal):
-            for note in notes:
+        with self.progress, runtime.deferred_signals(self.on_signal):
+            for note in start.notes:
                 self.progress.note(note)
-            self.record("start", reason="resumed" if self.step else "new", time=_now())
+            if self.step == self.steps and self.log.last_kind() == "end" and not start.changed:
+                return
+            reason = "resumed" if self.step else self.origin or "new"
+            self.record("start", reason=reason, changed=start.changed or None, time=_now())
             if self.step == 0:
                 self.sample()
-            saved, final = self.step, None
+            saved = self.step
             while self.step < self.steps:
                 self.one_step()
                 last = self.step == self.steps
+                if self.stop_signal is not None and not last:
+                    self.progress.note(
+                        f"{_signal_name(self.stop_signal)}: saving (again: stop at once, without saving)"
+                    )
                 if last:
-                    final = self.evaluate(None)
+                    self.evaluate(None)
                 elif self.step % self.train.eval_every == 0:
                     self.evaluate(self.train.eval_tokens)
                 if self.step % self.train.sample_every == 0 or last:
                     self.sample()
-                if self.step % self.train.save_every == 0 or last or self.stop_signal:
+                if self.step % self.train.save_every == 0 or last or self.stop_signal is not None:
                     self.save()
                     saved = self.step
-                if self.stop_signal and not last:
+                if self.stop_signal is not None and not last:
                     self.stop(saved)
             self.record("end", reason="finished", time=_now())
-        return final or self.measured(None)
+        resume.remove_ended(self.of)
 
     def record(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Write a record of metrics.jsonl about this step, tell the listener, and return it."""
@@ -140,7 +156,8 @@ class Trainer:
     def one_step(self) -> None:
         """Batch, update, record, verdict."""
         began = time.perf_counter()
-        batch = self.loader.batch(self.step).to(self.device)
+        number = self.step + (SKIP_AHEAD if self.step + 1 in self.skipped else 0)
+        batch = self.loader.batch(number).to(self.device)
         micro_batches = batch.micro(self.train.micro_batch_tokens // self.config.model.context_length)
         try:
             result = train_step(self.objective, self.model, self.optimizer, micro_batches, self.train, self.tokens)
@@ -150,15 +167,24 @@ class Trainer:
         self.tokens += batch.tokens_BT.numel()
         self.progress.step(self.record("step", **self.step_numbers(result, time.perf_counter() - began)))
         verdict = self.watch.add(self.step, result.loss, result.grad_norm)
-        if verdict is not None and verdict.stop:
+        if verdict is not None and verdict.stop and self.train.stop_on_divergence:
             self.record("stop", reason=verdict.reason, time=_now())
-            raise NumericsError(
-                f"step {self.step}: {verdict.reason}. The run was stopped; its checkpoints are kept. "
-                f"Start a new run with a lower learning rate (train.lr {self.train.lr:g}), or look at the batch: "
-                f"{_some(batch.documents)}"
-            )
+            raise NumericsError(f"step {self.step}: {verdict.reason}. {self.after_divergence(verdict.since)}")
         if verdict is not None:
             self.progress.note(f"step {self.step}: {verdict.reason}")
+
+    def after_divergence(self, since: int) -> str:
+        """What can be done about a loss that exploded in step `since`."""
+        good = next((path for path in checkpoint.newest_first(self.folder) if checkpoint.step_of(path) < since), None)
+        lower = {"train.lr": f"{self.train.lr / 2:g}"}
+        if self.train.matrix_lr is not None:
+            lower["train.matrix_lr"] = f"{self.train.matrix_lr / 2:g}"
+        values = " ".join(f"{key}={value}" for key, value in lower.items())
+        again = f"kiem train {good or self.folder} --fork {self.folder}-2 {values}" if good else "a new run"
+        return (
+            f"The run was stopped; its checkpoints are kept. With a lower learning rate: {again}. "
+            f"To train on regardless: kiem train {self.folder} train.stop_on_divergence=false"
+        )
 
     def step_numbers(self, result: StepResult, seconds: float) -> dict[str, Any]:
         """What metrics.jsonl says of a step."""
@@ -186,7 +212,14 @@ class Trainer:
         self.record("stop", reason=reason, time=_now())
         path, _ = checkpoint.latest(self.folder)
         kept = f"The last good state is {path}" if path else "No checkpoint was saved yet"
-        return NumericsError(f"{reason}. {kept}. Lower train.lr, or train in float32, if this comes back.")
+        skipped = ",".join(map(str, sorted({*self.skipped, self.step + 1})))
+        ways = [f"without this batch: kiem train {self.folder} train.skip_batches={skipped}"]
+        if self.model.compute_dtype != torch.float32:
+            ways.append(f"in float32: kiem train {self.folder} train.precision=float32")
+        if path:
+            lower = f"train.lr={self.train.lr / 2:g}"
+            ways.append(f"with a lower learning rate: kiem train {self.folder} --fork {self.folder}-2 {lower}")
+        return NumericsError(f"{reason}. {kept}. To continue " + "; or ".join(ways))
 
     def measured(self, max_tokens: int | None) -> Evaluation:
         return evaluate(self.model, self.dataset, self.train.micro_batch_tokens, max_tokens, self.objective)
@@ -228,54 +261,69 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "data": self.dataset.fingerprint,
+            "data_folder": self.dataset.path.name,
+            "tokenizer": self.dataset.tokenizer.digest,
+            "origin": self.origin,
             "watch": self.watch.state(),
             "config": config_dict(self.config),
         }
+        if self.step:  # a checkpoint stands on the records before it
+            self.log.sync()
+            self.samples.sync()
         path = checkpoint.save(self.folder, self.step, groups, state)
+        if not self.step:
+            return
         if self.watch.calm:
-            checkpoint.prune(self.folder, self.train.keep_checkpoints)
+            checkpoint.prune(self.folder, self.train.keep_checkpoints, resume.last_step_before_cooldown(self.config))
         size = sum(file.stat().st_size for file in path.iterdir())
         name = path.relative_to(self.folder).as_posix()
         self.progress.save(self.record("save", path=name, bytes=size, seconds=time.perf_counter() - began))
 
-    def restore(self) -> list[str]:
-        """Take up the newest whole checkpoint, if there is one. Returns what to say about it."""
-        path, tensors, state, problems = checkpoint.load_latest(self.folder)
-        notes = [f"passed over: {problem}" for problem in problems]
-        if path is not None:
-            checkpoint.check_config(state, config_dict(self.config), path)
-            if state["data"] != self.dataset.fingerprint:
-                raise checkpoint.CheckpointError(
-                    f"{path} was trained on other data (fingerprint {state['data'][:12]}, "
-                    f"now {self.dataset.fingerprint[:12]}): "
-                    "the text or the tokenizer has changed. Restore it, or start a new run"
-                )
-            checkpoint.restore(self.model.state_dict(), tensors["model"], path, "model")
-            load_state_tensors(self.optimizer, self.model, tensors["optimizer"])
-            runtime.set_random_state(tensors["random"])
-            self.watch = guard.Watch(state["watch"])
-            self.step, self.tokens = state["step"], state["tokens"]
-            notes.append(f"resumed from {path.name}")
-        elif problems:
-            notes.append("no whole checkpoint is left: training starts from the beginning")
-        self.log.truncate(self.step)
-        self.samples.truncate(self.step or -1)  # from the beginning again, also with the samples before training
-        return notes
+    def restore(self, weights: Run | None = None) -> resume.Start:
+        """Take up the newest checkpoint, if there is one; a new run may start from the weights of another."""
+        start = resume.take_up(self.of, self.config, self.dataset)
+        if start.checkpoint is not None:
+            try:
+                self.load(start.checkpoint)
+            except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as problem:
+                reason = f"{type(problem).__name__}: {problem}"
+                raise CheckpointError(
+                    f"the checkpoint {start.checkpoint.path} does not fit this run: {reason}"
+                ) from None
+        elif weights is not None:
+            found = weights.read(("model",))
+            checkpoint.restore(self.model.state_dict(), found.tensors["model"], found.path, "model")
+            self.origin = f"weights of {found.path}"
+            start.notes.append(f"new run with the {self.origin}")
+            self.save()  # so that a start that is killed has these weights too
+        return start
+
+    def load(self, found: checkpoint.Checkpoint) -> None:
+        """The state of everything that the next step depends on."""
+        checkpoint.restore(self.model.state_dict(), found.tensors["model"], found.path, "model")
+        load_state_tensors(self.optimizer, self.model, found.tensors["optimizer"])
+        runtime.set_random_state(found.tensors["random"])
+        self.watch = guard.Watch(found.state["watch"])
+        self.step, self.tokens, self.origin = found.state["step"], found.state["tokens"], found.state.get("origin")
 
     def on_signal(self, number: int) -> None:
         """First signal: finish the step and save. Second: stop at once."""
         if self.stop_signal is not None:
             raise KeyboardInterrupt
-        self.stop_signal = number
-        self.progress.note("stopping after this step (again: at once, without saving)")
+        self.stop_signal = number  # and no more: what prints may be in the middle of printing
 
     def stop(self, saved: int) -> None:
-        self.record("stop", reason=f"signal {self.stop_signal}", time=_now())
-        raise Stopped(f"stopped at step {saved} of {self.steps}, saved. Go on with: kiem train {self.folder}")
+        assert self.stop_signal is not None
+        self.record("stop", reason=_signal_name(self.stop_signal), time=_now())
+        raise Stopped(f"stopped at step {saved} of {self.steps}, saved. Resume with: kiem train {self.folder}")
 
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _signal_name(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -17,7 +17,7 @@ SMOOTHING_STEPS = 20
 SECONDS_BETWEEN_FRAMES = 0.1
 PLAIN_SECONDS = (2.0, 60.0)
 SAMPLE_LINES, SAMPLE_LINE_CHARACTERS = 12, 100
-BAR_CELLS = 12
+BAR_CELLS, NARROW_BAR_CELLS = 12, 6
 
 
 class Progress:
@@ -128,38 +128,86 @@ class Progress:
         parts = [
             f"step {integer_text(record['step'])}/{integer_text(self.total_steps)}",
             f"{label} {shown}",
-            f"{integer_text(record.get('tokens_per_second'))} tokens/s",
             f"ETA {'?' if eta is None else seconds_text(eta)}",
-            f"{percent_text(record.get('matmul_share'))} of matrix-product rate",
+            f"{int(100 * share)} %",
+            f"{integer_text(record.get('tokens_per_second'))} tokens/s",
+            f"{percent_text(record.get('matmul_share'))} of peak matmul throughput",
         ]
         if self._out.live:
-            full = round(share * BAR_CELLS)
-            parts.append("━" * full + "─" * (BAR_CELLS - full) + f" {int(100 * share)} %")
-        else:
-            parts.append(f"{int(100 * share)} %")
+            cells = BAR_CELLS if self._out.width > 80 else NARROW_BAR_CELLS
+            full = round(share * cells)
+            parts[3] = "━" * full + "─" * (cells - full) + f" {parts[3]}"
+            if self._out.width <= 80:
+                parts[1] = f"loss {shown}"
         return parts
 
 
-class _Shield:
+class StatusLine:
+    """The one line on a terminal that is written over, with permanent lines above it; plain text where there is no such
+    terminal. A stream that fails (a closed pipe, a full disk) makes it silent and never raises."""
+
+    def __init__(self, wanted: bool = True, stream: IO[str] | None = None, seconds: float = 0.5) -> None:
+        """`seconds`: least time between two states of the line."""
+        self._out = _Output(sys.stderr if stream is None else stream, not wanted)
+        self._seconds, self._shown, self._parts = seconds, -math.inf, [""]
+
+    def __call__(self, text: str) -> None:
+        """Show a text on the line, if it is time; nothing where lines cannot be written over."""
+        self._parts = [printable(text)]
+        if self._out.live and time.monotonic() - self._shown >= self._seconds:
+            self._shown = time.monotonic()
+            self._out.draw(self._parts)
+
+    def line(self, text: str, style: str = "") -> None:
+        """A permanent line."""
+        self._out.line(printable(text), style)
+
+    def clear(self) -> None:
+        """Take the line away."""
+        self._out.close([])
+
+    def beside(self, stream: Any) -> Any:
+        """The stream; what is written to it takes the line away first."""
+        return _Beside(self, stream)
+
+
+class _Beside:
+    def __init__(self, line: StatusLine, stream: Any) -> None:
+        self._line, self._stream = line, stream
+
+    def write(self, text: str) -> int:
+        self._line.clear()
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class Shield:
     """A stream whose failures (a closed pipe, a full disk, a closed file) end the output, not the run.
 
     It stands between rich and the stream because rich answers a broken pipe by leaving the program.
     """
 
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream, self.failed = stream, False
+    def __init__(self, stream: IO[str] | None) -> None:
+        self._stream, self.failed = stream, stream is None
 
     def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
+        if not isinstance(text, str):
+            raise TypeError("text is expected")
+        self._try(lambda stream: stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        self._try(self._stream.flush)
+        self._try(lambda stream: stream.flush())
 
-    def _try(self, act: Callable[[], object]) -> None:
+    def isatty(self) -> bool:
+        return self._stream is not None and not self.failed and self._stream.isatty()
+
+    def _try(self, act: Callable[[IO[str]], object]) -> None:
         try:
-            if not self.failed:
-                act()
+            if not self.failed and self._stream is not None:
+                act(self._stream)
         except (OSError, ValueError):
             self.failed = True
 
@@ -170,20 +218,24 @@ class _Shield:
 class _Output:
     """Where lines go: a rich live line over a terminal that can show one, plain text otherwise."""
 
-    def __init__(self, stream: IO[str], quiet: bool) -> None:
-        self._stream, self._quiet = _Shield(stream), quiet
+    def __init__(self, stream: IO[str] | None, quiet: bool) -> None:
+        self._stream, self._quiet = Shield(stream), quiet
         self._console = None if quiet else _terminal(self._stream)
-        self._display = None
+        self._display: Any = None
 
     @property
     def live(self) -> bool:
         return self._console is not None and not self._stream.failed
 
+    @property
+    def width(self) -> int:
+        return self._console.width if self._console is not None else 10**6
+
     def line(self, text: str, style: str = "") -> None:
         """One permanent line, in a terminal above the live one."""
         if self._quiet:
             return
-        if self.live:
+        if self._console is not None and self.live:
             from rich.text import Text
 
             self._console.print(Text(text, style=style), soft_wrap=True)
@@ -197,9 +249,11 @@ class _Output:
         from rich.live import Live
         from rich.text import Text
 
+        if self._console is None:
+            return
         if self._display is None:
             # No refresh thread: a frame is drawn by the step that asks for it.
-            self._display = Live(console=self._console, auto_refresh=False)
+            self._display = Live(console=self._console, auto_refresh=False, transient=not parts)
             self._display.start()
             self._console.show_cursor(True)  # a killed run must not leave the terminal without a cursor
         shown = parts[:1]
@@ -209,13 +263,16 @@ class _Output:
         self._display.update(Text("  ".join(shown), no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def close(self, parts: list[str]) -> None:
+        """Leave the parts on the screen, or take the line away if there are none."""
         if self._display is not None:
-            self.draw(parts)
+            if parts:
+                self.draw(parts)
+            self._display.transient = not parts
             self._display.stop()
-        self._console = self._display = None
+        self._display = None
 
 
-def _terminal(stream: _Shield):
+def _terminal(stream: Shield) -> Any:
     """A rich console for a terminal that can move its cursor and show UTF-8; None for anything else."""
     try:
         if not stream.isatty() or "utf" not in (stream.encoding or "").lower():
@@ -224,5 +281,5 @@ def _terminal(stream: _Shield):
         return None
     from rich.console import Console
 
-    console = Console(file=stream, force_terminal=True, highlight=False, markup=False, emoji=False)
+    console = Console(file=stream, force_terminal=True, highlight=False, markup=False, emoji=False)  # type: ignore[arg-type]
     return None if console.is_dumb_terminal else console
