@@ -85,7 +85,8 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as opened:
             aliases = from_json((opened.metadata() or {}).get(_ALIASES, "{}"))
-            named = {name: _own(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118, no mapping
+            # What the library gives may be a view of the mapped file.
+            named = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118, no mapping
     except SafetensorError as problem:
         raise ValueError(str(problem)) from problem
     if not isinstance(aliases, dict) or not all(
@@ -93,12 +94,6 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     ):
         raise ValueError("its list of shared tensors does not fit its tensors")
     return named | {name: named[stored] for name, stored in aliases.items()}
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor alone in its storage: some versions of safetensors give views of one mapped file."""
-    alone = tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if alone else tensor.clone()
 
 
 def _unique(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
