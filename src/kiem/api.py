@@ -227,7 +227,7 @@ def _train(
                 resolved,
                 run,
                 dataset,
-                plan=planned and planned.to_dict(),
+                plan=planned.to_dict() if planned else None,
                 weights=weights,
                 sampler=_sampler(resolved, dataset),
                 listener=listener,
@@ -245,6 +245,7 @@ def _resume(
 ) -> Run:
     """Train a run to its end; what is given may change how, not what is learned."""
     wanted = folders.with_whole_paths(read_config(run.written_config(), overrides, options))
+    resume.check_length(run.config, wanted.train.tokens, run.folder)
     wanted = resolve(wanted, wanted.model.vocab_size if wanted.model else 1)
     resume.changes(run.config, wanted, run.folder)
     with _counting(quiet) as progress:

@@ -4,20 +4,13 @@ Everything that a crash can leave half done has a name that begins with TEMPORAR
 remove such files.
 """
 
-import base64
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
-import socket
 import stat
-import warnings
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,7 +35,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     path = Path(path)
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    temporary = path.with_name(f"{TEMPORARY}{path.name[:60]}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name[:60]}-{os.urandom(4).hex()}")
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -70,6 +63,8 @@ def sync_folder(folder: Path) -> None:
 
 def storage_error(problem: OSError, what: str, folder: Path, needed: int | None = None) -> StorageError:
     """The message for a write that failed: what, why, how much it needs, how much is free, what to do."""
+    import shutil
+
     try:
         free = bytes_text(shutil.disk_usage(folder).free) + " free there"
     except OSError:
@@ -114,6 +109,8 @@ def lock(folder: Path, what: str) -> Iterator[None]:
 
 
 def _acquire(folder: Path, what: str) -> Any:
+    import warnings
+
     from filelock import FileLock, SoftFileLock, Timeout
 
     try:
@@ -146,6 +143,9 @@ def _holder(folder: Path) -> str:
 
 
 def _self_description() -> dict[str, Any]:
+    import socket
+    from datetime import UTC, datetime
+
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -217,4 +217,7 @@ def embedded_json(value: Any) -> str:
 
 def digest(text: str) -> str:
     """The hash by which a Content-Security-Policy names a script or style."""
+    import base64
+    import hashlib
+
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
