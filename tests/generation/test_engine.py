@@ -14,6 +14,7 @@ from kiem.generation import engine
 from kiem.generation.engine import LanguageModel, load
 from kiem.model.transformer import Transformer
 from kiem.runs import checkpoint
+from kiem.runs.run import Run
 
 TOKENIZER = bytes_tokenizer()
 EOT = TOKENIZER.eot_id
@@ -229,10 +230,10 @@ def run(tmp_path):
 
 
 def test_load_a_run_and_a_checkpoint_of_it(run):
-    model = load(run, device="cpu")
+    model = load(Run.at(run), device="cpu")
     assert model.generate(temperature=0) == "new" and not model.model.training
     assert model.config.model == model.model.config
-    assert load(run / "checkpoints" / "step-00000001").generate(temperature=0) == "old"
+    assert load(Run.at(run / "checkpoints" / "step-00000001")).generate(temperature=0) == "old"
 
 
 def test_load_passes_over_a_damaged_checkpoint_with_a_warning(run):
@@ -240,26 +241,26 @@ def test_load_passes_over_a_damaged_checkpoint_with_a_warning(run):
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
     weights.write_bytes(damaged)
-    with pytest.warns(UserWarning, match=r"step-00000002 is damaged.*using step-00000001"):
-        assert load(run).generate(temperature=0) == "old"
+    with pytest.warns(UserWarning, match=r"step-00000002 is damaged.*step-00000001 is used"):
+        assert load(Run.at(run)).generate(temperature=0) == "old"
     with pytest.raises(CheckpointError, match="damaged"):
-        load(run / "checkpoints" / "step-00000002")
+        load(Run.at(run / "checkpoints" / "step-00000002"))
 
 
 def test_load_what_is_not_there(tmp_path, run):
     with pytest.raises(CheckpointError, match="does not exist"):
-        load(tmp_path / "nowhere")
+        load(Run.at(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"config\.yaml"):
-        load(tmp_path / "empty")
+        load(Run.at(tmp_path / "empty"))
     for step in (1, 2):
         (run / "checkpoints" / f"step-0000000{step}" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        load(run)
+        load(Run.at(run))
 
 
 def test_load_weights_of_another_config(run):
     config = read_config(run / "config.yaml", ["model.emb_dim=32", "model.head_dim=32", "model.hidden_dim=128"])
     write_config(config, run / "config.yaml")
-    with pytest.raises(CheckpointError, match=r"another configuration.*\n.*emb"):
-        load(run)
+    with pytest.raises(CheckpointError, match=r"another model.*\n.*emb"):
+        load(Run.at(run))

@@ -158,6 +158,8 @@ def _run_folder(path: Path) -> Program:
     from kiem.runs import checkpoint
     from kiem.runs.run import Run
 
+    if not Run(path).exists and path.resolve().parent.name != "checkpoints":
+        raise ConfigError(f"{path}: is a folder, but not that of a run: it has no config.yaml: give {KINDS}")
     run = Run.at(path)
     found, config = run.read(("model",)), run.config
     try:
