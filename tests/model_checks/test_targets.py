@@ -11,6 +11,7 @@ from kiem.config.read import read_config
 from kiem.data.prepare import prepare
 from kiem.errors import CheckpointError, ConfigError, DataError
 from kiem.model_checks.targets import load_program
+from kiem.runs.run import Run
 from kiem.training import loop
 
 SMALL = {"vocab_size": 257, "context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "drop_rate": 0.1}
@@ -61,7 +62,7 @@ def run(tmp_path, monkeypatch):
         }
     )
     dataset = prepare(config.data, 257, 5, tmp_path / "cache")
-    loop.train(resolve(config, 257), tmp_path / "run", dataset, quiet=True)
+    loop.train(resolve(config, 257), Run(tmp_path / "run"), dataset, quiet=True)
     return tmp_path / "run"
 
 

@@ -14,6 +14,7 @@ from kiem.config.presets import resolve
 from kiem.config.run import RunConfig
 from kiem.data.prepare import prepare
 from kiem.planning import predict
+from kiem.runs.run import Run
 from kiem.training import loop
 
 folder, values = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -21,7 +22,7 @@ config = RunConfig(data={"sources": [{"path": str(folder / "text.txt")}], "token
 dataset = prepare(config.data, 258, 0, folder / "cache")
 config = resolve(config, dataset.tokenizer.vocab_size)
 plan = predict.plan(config)
-loop.train(config, folder / "run", dataset, quiet=True)
+loop.train(config, Run(folder / "run"), dataset, quiet=True)
 records = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
 steps = [r for r in records if r["kind"] == "step"]
 seconds = statistics.median(r["step_seconds"] for r in steps[1:])

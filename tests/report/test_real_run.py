@@ -12,6 +12,7 @@ def test_a_real_run_writes_the_documented_keys(tmp_path):
 
     from kiem.data.prepare import prepare
     from kiem.planning.predict import plan
+    from kiem.runs.run import Run
     from kiem.training.loop import train
 
     (tmp_path / "text.py").write_text("".join(f"def f{n}(x):\n    return x + {n}\n\n" for n in range(300)))
@@ -27,9 +28,9 @@ def test_a_real_run_writes_the_documented_keys(tmp_path):
     write_config(config, folder / "config.yaml")
     sample = {"prompt": "", "text": "x = 1\n", "seed": 0, "temperature": 0.8}
     try:
-        final = train(
+        train(
             config,
-            folder,
+            Run(folder),
             dataset,
             plan=plan(config, measure=False).to_dict(),
             sampler=lambda model, step: [sample],
@@ -44,11 +45,12 @@ def test_a_real_run_writes_the_documented_keys(tmp_path):
         assert set(record) - {"kind"} == set(RECORDS[record["kind"]]), record
     assert all(set(s) == set(SAMPLE_KEYS) for s in read_metrics(folder / "samples.jsonl"))
 
+    last = [record for record in records if record["kind"] == "eval"][-1]
     report = build_report(folder, dataset)
     unknown = {key for key in KEYS if key in report and report[key] is None}
     assert unknown == set()
     assert report["problems"] == []
-    assert (report["status"], report["step"], report["bits_per_byte"]) == ("finished", 2, final.bits_per_byte)
+    assert (report["status"], report["step"], report["bits_per_byte"]) == ("finished", 2, last["bits_per_byte"])
     # The compressors and the model were given the same bytes.
     assert report["compression"]["text_bytes"] == report["eval_bytes"] == report["data"]["validation"]["bytes"]
     assert report["python_samples"][-1]["accepted_share"] == 1.0
