@@ -1,5 +1,7 @@
 """The dial: everything follows from a depth, by the numbered rules."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,8 +52,8 @@ def test_sizes_grow_with_depth():
 def test_any_length_resolves(depth, tokens):
     config = RunConfig(depth=depth, train=TrainConfig(tokens=tokens))
     resolved = resolve(config, 4096)
-    assert 0 < resolved.train.tokens <= tokens
-    assert tokens - resolved.train.tokens < resolved.train.batch_tokens
+    assert 0 <= resolved.train.tokens - tokens < resolved.train.batch_tokens
+    assert resolved.train.tokens % resolved.train.batch_tokens == 0
 
 
 def test_multiplied_parameters_by_hand():
@@ -67,11 +69,13 @@ def test_given_values_stay():
 
 @pytest.mark.parametrize(("train", "words"), [
     (TrainConfig(batch_tokens=100, tokens=1000), "not a multiple of context_length 32: use 96"),
+    (TrainConfig(batch_tokens=10, tokens=1000), "batch_tokens 10 is not a multiple of context_length 32: use 32"),
+    (TrainConfig(batch_tokens=100, micro_batch_tokens=10), "batch_tokens 100 is not .*micro_batch_tokens 10 is not"),
     (TrainConfig(tokens=10), "less than one batch"),
     (TrainConfig(tokens=10_000, warmup_tokens=20_000), "more than train.tokens"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_said(train, words):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=re.compile(words, re.DOTALL)):
         resolve(RunConfig(model=SMALL, train=train), 100)
 
 

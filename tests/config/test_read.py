@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kiem.config import keys
 from kiem.config.model import ModelConfig
-from kiem.config.presets import PRESETS
+from kiem.config.presets import PRESETS, default_model, resolve
 from kiem.config.read import config_dict, read_config, write_config
 from kiem.config.run import DataConfig, RunConfig, Source, TrainConfig
 from kiem.errors import ConfigError, StorageError
@@ -172,8 +172,8 @@ def test_every_alias_stands_for_a_key_and_hides_none():
 
 
 def test_names_from_elsewhere():
-    theirs = {"n_embd": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "block_size": 32, "vocab_size": 300,
-              "dropout": 0.25, "intermediate_size": 40, "layer_norm_epsilon": 1e-6, "num_key_value_heads": 1,
+    theirs = {"d_model": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_seq_len": 32, "vocab_size": 300,
+              "dropout": 0.25, "n_inner": 40, "layer_norm_eps": 1e-6, "n_kv_heads": 1,
               "tie_word_embeddings": False}  # fmt: skip
     ours = ModelConfig(**TINY, drop_rate=0.25, hidden_dim=40, norm_eps=1e-6, n_kv_heads=1, tie_embeddings=False)
     assert read_config(theirs).model == ours
@@ -285,8 +285,8 @@ def test_a_line_that_cannot_be_told_is_not_claimed(write):
 
 
 @pytest.mark.parametrize(("values", "words"), [
-    ({"depth": 4, "model": TINY}, "depth has no effect beside model"),
-    ({"depth": 4, "model": "gpt2-124m"}, "depth has no effect beside model"),
+    ({"depth": 4, "model": TINY}, "depth and a model that has its own sizes cannot be combined"),
+    ({"depth": 4, "model": "gpt2-124m"}, "depth and a model that has its own sizes cannot be combined"),
     ({"train": {"optimizer": "adamw", "matrix_lr": 0.1}}, "matrix_lr has no effect"),
     ({"train": {"cooldown": "none", "final_lr_fraction": 0.1}}, "final_lr_fraction has no effect"),
     ({"data": {"tokenizer": "bytes", "tokenizer_vocab_size": 300}}, "tokenizer_vocab_size has no effect"),
@@ -340,7 +340,63 @@ def test_a_target_that_is_not_there(target):
     assert "no such file" in message or "preset" in message
 
 
-def test_part_of_a_model_is_told_from_a_whole_one():
-    message = refused(None, ["n_layers=4"])
-    assert all(f"model.{name}" in message for name in ("context_length", "emb_dim", "n_heads"))
-    assert "preset" in message and "\n" not in message
+@pytest.mark.parametrize("values", [{"n_layers": 4, "emb_dim": 64}, {"model": {"n_layers": 4, "emb_dim": 64}}])
+def test_part_of_a_model_is_told_from_a_whole_one(values):
+    message = refused(values)
+    assert "incomplete, missing model.context_length, model.n_heads" in message
+    assert "depth" in message and "preset" in message and "\n" not in message
+
+
+# --- one value on top of what was derived
+
+
+def fields(config, *names):
+    return tuple(getattr(config.model, name) for name in names)
+
+
+@pytest.mark.parametrize(("overrides", "depth", "changed"), [
+    (["model.context_length=128"], 3, {"context_length": 128}),
+    (["model.context_length=64"], None, {"context_length": 64}),
+    (["model.vocab_size=5000"], None, {"vocab_size": 5000}),
+    (["model.emb_dim=96"], None, {"emb_dim": 96, "n_heads": 1, "n_kv_heads": 1, "hidden_dim": 256}),
+    (["emb_dim=512"], 4, {"emb_dim": 512, "n_heads": 8, "n_kv_heads": 4, "hidden_dim": 1408}),
+    (["n_heads=4"], 4, {"n_heads": 4, "n_kv_heads": 2, "head_dim": 32}),
+    (["n_heads=3"], 4, {"n_heads": 3, "n_kv_heads": 3}),
+    (["activation=gelu"], 4, {"activation": "gelu", "hidden_dim": 512}),
+    (["norm=layernorm"], 4, {"norm": "layernorm", "norm_bias": True}),
+    (["position=learned"], 4, {"position": "learned", "rope_base": None}),
+    (["n_layers=6"], None, {"n_layers": 6, "emb_dim": 192, "n_heads": 3, "n_kv_heads": 3, "hidden_dim": 512,
+                            "context_length": 512}),
+    (["rope_scaling=linear", "rope_factor=2"], 4, {"rope_scaling": "linear", "rope_factor": 2.0}),
+])  # fmt: skip
+def test_a_value_on_top_of_the_default_family(overrides, depth, changed):
+    whole = default_model(depth or 4, 4096).model_copy(update={"vocab_size": None})
+    config = read_config(None, overrides, {} if depth is None else {"depth": depth})
+    assert config.model == whole.model_copy(update=changed) and config.depth is None
+    assert resolve(config, 1000).model == config.model.model_copy(
+        update={"vocab_size": config.model.vocab_size or 1000}
+    )
+
+
+def test_a_value_beside_depth_in_a_file():
+    config = read_config({"depth": 3, "model": {"context_length": 128}})
+    assert config == read_config(None, ["depth=3", "context_length=128"])
+
+
+def test_a_value_on_top_of_a_file_and_what_follows_from_it():
+    assert fields(read_config({"model": TINY}, ["emb_dim=96"]), "emb_dim", "hidden_dim", "head_dim") == (96, 384, 48)
+    config = read_config({"model": TINY | {"hidden_dim": 40, "head_dim": 6}}, ["emb_dim=96", "n_heads=4"])
+    assert fields(config, "hidden_dim", "head_dim", "n_kv_heads") == (40, 6, 4)
+    assert fields(read_config({"model": TINY}, ["emb_dim=96", "hidden_dim=64"]), "hidden_dim") == (64,)
+
+
+def test_a_value_that_does_not_fit_is_one_error():
+    assert "emb_dim 100 is not divisible by n_heads 12" in refused("gpt2-124m", ["emb_dim=100"])
+    assert "depth is 1000: it takes a whole number" in refused(None, ["depth=1000", "context_length=64"])
+    assert 'model.emb_dim is text "wide"' in refused(None, ["emb_dim=wide"])
+
+
+def test_the_vocabulary_is_the_tokenizers_unless_it_is_given():
+    bare = {name: value for name, value in TINY.items() if name != "vocab_size"}
+    assert resolve(read_config(bare), 777).model.vocab_size == 777
+    assert resolve(read_config(TINY), 257).model.vocab_size == 300

@@ -1,20 +1,20 @@
 """Text of a configuration file -> a mapping of plain values. Nothing in a file is ever executed.
 
-JSON; JSON with comments; a pasted Python dict (`NAME = {...}`, True, None, trailing commas, single quotes); YAML; TOML.
+JSON, JSON with comments and Python as people paste it (config/literals.py); YAML; TOML.
 """
 
-import ast
 import json
 import re
+import stat
 import tomllib
-import warnings
-from collections.abc import Iterator
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kiem.config.literals import Unread, Written, bound_depth, parse_literal, tokens
 from kiem.errors import ConfigError
 
 MAX_BYTES = 2**20
@@ -23,33 +23,62 @@ LITERAL_SUFFIXES = (".json", ".jsonc", ".json5", ".py")
 YAML_SUFFIXES = (".yaml", ".yml")
 
 
+@dataclass(frozen=True)
+class Document:
+    """A configuration as a file has it. form: see literals.Written."""
+
+    values: dict[str, Any]
+    text: str
+    form: str = ""
+
+
+def read_document(path: Path) -> Document:
+    """The values of a configuration file. Raises ConfigError (file, line, what is wrong)."""
+    text = _read_text(path)
+    written = _parse(text, str(path), path.suffix.lower())
+    return Document(written.values, text, written.form)
+
+
 def read_mapping(path: Path) -> tuple[dict[str, Any], str]:
     """The values of a configuration file and its text. Raises ConfigError (file, line, what is wrong)."""
-    text = _read_text(path)
-    return parse_mapping(text, str(path), path.suffix.lower()), text
+    document = read_document(path)
+    return _all_read(document.values), document.text
 
 
 def parse_mapping(text: str, name: str, suffix: str = "") -> dict[str, Any]:
-    """Parse text in the format that the suffix says or, without a telling suffix, that the content shows."""
+    """The values of a text in the format that the suffix says or, without a telling suffix, that the content shows."""
+    return _all_read(_parse(text, name, suffix).values)
+
+
+def _all_read(values: dict[str, Any]) -> dict[str, Any]:
+    for value in values.values():
+        if isinstance(value, Unread):
+            raise ConfigError(value.problem)
+    return values
+
+
+def _parse(text: str, name: str, suffix: str) -> Written:
     if not text.strip():
         raise ConfigError(f"{name}: the file is empty: write a model or run configuration into it")
     if suffix in LITERAL_SUFFIXES:
-        values = _parse_literal(text, name)
+        written = parse_literal(text, name)
     elif suffix in YAML_SUFFIXES:
-        values = _parse_yaml(text, name)
+        written = Written(_parse_yaml(text, name))
     elif suffix == ".toml":
-        values = _parse_toml(text, name)
+        written = Written(_parse_toml(text, name))
     else:
-        values = _parse_by_content(text, name)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{name}: the file holds {describe(values)}, not keys with values: write `key: value` lines")
-    return values
+        written = _parse_by_content(text, name)
+    if not isinstance(written.values, dict):
+        raise ConfigError(
+            f"{name}: the file holds {describe(written.values)}, not keys with values: write `key: value` lines"
+        )
+    return written
 
 
 def parse_value(text: str) -> Any:
     """A list or mapping written in one line (JSON, Python); any other text is itself."""
     if text.lstrip()[:1] in ("[", "{"):
-        return _parse_literal(text, repr(text))
+        return parse_literal(text, repr(_short(text))).values
     return text
 
 
@@ -76,6 +105,8 @@ def describe(value: Any) -> str:
         return f"text {_short(json.dumps(value, ensure_ascii=False))}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int) and abs(value) >= 10**100:
+        return f"a whole number of about {int(value.bit_length() * 0.30103)} digits"
     return _short(str(value))
 
 
@@ -85,8 +116,11 @@ def _short(text: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        if path.is_dir():
-            raise ConfigError(f"{path}: is a folder, a configuration file was expected")
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ConfigError(f"{path}: is a folder: give a configuration file")
+        if not stat.S_ISREG(mode):
+            raise ConfigError(f"{path}: is a pipe or device: give a configuration file")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
@@ -101,111 +135,33 @@ def _read_text(path: Path) -> str:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: is not text (byte {error.start} is not UTF-8): give a text file") from None
     if "\0" in text:
-        raise ConfigError(f"{path}: is a binary file, a configuration in text was expected")
+        raise ConfigError(f"{path}: is a binary file: give a text file")
     return text
 
 
-def _parse_by_content(text: str, name: str) -> Any:
-    bare = "".join(token for kind, token in _tokens(text) if kind != "comment").strip()
-    if bare.startswith(("{", "[")) or _ASSIGNMENT.match(bare):
-        return _parse_literal(text, name)
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    if lines and re.match(r"\[|[\w.\"'-]+\s*=", lines[0]):
-        return _parse_toml(text, name)
-    return _parse_yaml(text, name)
-
-
-# JSON, JSON with comments, Python. One scan leaves strings alone, blanks comments and maps true, false and null: what
-# is left is a Python literal in the same lines, and its syntax tree is read as data.
-
-_TOKEN = re.compile(
-    r"""(?P<string>'''(?:\\.|[^\\])*?'''|\"\"\"(?:\\.|[^\\])*?\"\"\"|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')"""
-    r"""|(?P<comment>//[^\n]*|\#[^\n]*|/\*.*?\*/)|(?P<word>[A-Za-z_]\w*)|(?P<other>[^"'/\#A-Za-z_]+|.)""",
-    re.DOTALL,
+# What a Python text begins with: an assignment of a dict, list or call, a call, a decorator, a class, an import.
+_PYTHON = re.compile(
+    r"(?:(?:const|let|var)\s+)?[A-Za-z_]\w*\s*(?::[^={}\n]*)?=\s*(?=[{(\[A-Za-z_])|[A-Za-z_]\w*\(|@|(?:class|import|from)\s"
 )
-_ASSIGNMENT = re.compile(r"\s*(?:(?:const|let|var)\s+)?[A-Za-z_]\w*\s*(?::[^={}]*)?=\s*(?=[{(\[a-z])")
-_WORDS = {"true": "True", "false": "False", "null": "None"}
 
 
-def _tokens(text: str) -> Iterator[tuple[str, str]]:
-    for match in _TOKEN.finditer(text):
-        yield match.lastgroup or "other", match[0]
-
-
-def _parse_literal(text: str, name: str) -> Any:
-    pieces = []
-    for kind, token in _tokens(text):
-        if kind == "comment":
-            token = "\n" * token.count("\n") or " "
-        elif kind == "word":
-            token = _WORDS.get(token, token)
-        elif kind == "string" and token[0] == '"':
-            token = _json_string(token)
-        pieces.append(token)
-    clean = "".join(pieces)
-    assignment = _ASSIGNMENT.match(clean)
-    if assignment:
-        clean = "\n" * assignment[0].count("\n") + clean[assignment.end() :]
-    if not clean.strip():
-        raise ConfigError(f"{name}: holds only comments: write a model or run configuration into it")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(f"({clean.rstrip().rstrip(';')}\n)", mode="eval")
-        return _literal(tree.body, name)
-    except SyntaxError as error:
-        line = min(error.lineno or 1, text.count("\n") + 1)
-        raise ConfigError(f"{name}:{line}: is not valid JSON or a Python dict: {error.msg}") from None
-    except (ValueError, RecursionError, MemoryError) as error:
-        reason = str(error).split(":")[0] if isinstance(error, ValueError) else "nested too deeply"
-        raise ConfigError(f"{name}: is not valid JSON or a Python dict: {reason}") from None
-
-
-def _json_string(token: str) -> str:
-    """A JSON string as a Python literal; text that is not JSON stays, as it may be Python."""
-    try:
-        return repr(json.loads(token))
-    except ValueError:
-        return token
-
-
-def _literal(node: ast.expr, name: str) -> Any:
-    """The value of a literal's syntax tree; anything that would compute is refused."""
-    match node:
-        case ast.Constant(value=bool() | int() | float() | str() | None as value):
-            return value
-        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=ast.expr() as operand):
-            value = _literal(operand, name)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                return -value if isinstance(sign, ast.USub) else value
-        case ast.Name(id="NaN" | "Infinity" as word):
-            return float(word)
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_literal(item, name) for item in items]
-        case ast.Dict(keys=keys, values=values):
-            return _literal_dict(keys, values, name)
-    raise ConfigError(
-        f"{name}:{node.lineno}: {ast.unparse(node)[:60]!r} is not a value: write numbers, text, true, "
-        "false, null, lists and mappings; nothing is computed"
-    )
-
-
-def _literal_dict(keys: list[ast.expr | None], values: list[ast.expr], name: str) -> dict:
-    found: dict[Any, Any] = {}
-    for key, value in zip(keys, values, strict=True):
-        if isinstance(key, ast.Name):
-            word = key.id
-        elif isinstance(key, ast.Constant) and isinstance(key.value, str):
-            word = key.value
-        else:
-            raise ConfigError(f"{name}:{value.lineno}: a key must be text")
-        if word in found:
-            raise ConfigError(f"{name}:{key.lineno}: key '{word}' is given twice: keep one")
-        found[word] = _literal(value, name)
-    return found
+def _parse_by_content(text: str, name: str) -> Written:
+    bare = "".join(token for kind, token in tokens(text) if kind != "comment").strip()
+    if bare.startswith(("{", "[")) or _PYTHON.match(bare):
+        return parse_literal(text, name)
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if lines and re.match(r"[A-Za-z_]\w*\s*=", lines[0]):
+        try:
+            return parse_literal(text, name)
+        except ConfigError:
+            return Written(_parse_toml(text, name))
+    if lines and re.match(r"\[|[\w.\"'-]+\s*=", lines[0]):
+        return Written(_parse_toml(text, name))
+    return Written(_parse_yaml(text, name))
 
 
 def _parse_toml(text: str, name: str) -> Any:
+    bound_depth(text, name)
     try:
         return _plain(tomllib.loads(text))
     except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
@@ -248,6 +204,8 @@ class Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """A dict with text keys, each once."""
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, "keys with values were expected", node.start_mark)
         seen: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or not key.value:
@@ -261,8 +219,29 @@ class Loader(yaml.SafeLoader):
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         """A float; one too large for the type is infinite, which the checks then refuse."""
-        text = self.construct_scalar(node).replace("_", "").lower()
+        text = self._scalar(node, _FLOAT, "number").replace("_", "").lower()
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number."""
+        return int(self._scalar(node, _INT, "whole number").replace("_", ""))
+
+    def construct_yaml_bool(self, node: yaml.ScalarNode) -> bool:
+        """true or false."""
+        return self._scalar(node, _BOOL, "true or false").lower() == "true"
+
+    def construct_yaml_null(self, node: yaml.ScalarNode) -> None:
+        """null."""
+        self._scalar(node, _NULL, "null")
+
+    def _scalar(self, node: yaml.ScalarNode, form: re.Pattern[str], what: str) -> str:
+        """The text of a scalar whose tag was written out (`!!int x`) or found: it has that form."""
+        text = str(self.construct_scalar(node))
+        if not form.match(text):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{_short(repr(text))} is not a {what}, which its tag says", node.start_mark
+            )
+        return text
 
 
 class Dumper(yaml.SafeDumper):
@@ -284,10 +263,18 @@ Dumper.add_representer(str, Dumper.represent_text)
 for _class in (Loader, Dumper):
     for _tag, _regexp, _first in _RESOLVERS:
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _regexp, list(_first))
-Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_yaml_float)
+# Plain values only: what other tags (!!timestamp, !!binary, !!set, !!python/...) stand for is no configuration.
+Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in ("str", "seq", "map")
+}
+for _tag in ("float", "int", "bool", "null"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", getattr(Loader, f"construct_yaml_{_tag}"))
 
 
 def _parse_yaml(text: str, name: str) -> Any:
+    bound_depth(text, name)
     loader = None
     try:
         loader = Loader(text)

@@ -30,6 +30,7 @@ ALIASES = {
         "n_kv_head": "n_kv_heads",
         "num_key_value_heads": "n_kv_heads",
         "n_query_groups": "n_kv_heads",
+        "n_kv_groups": "n_kv_heads",
         "block_size": "context_length",
         "n_ctx": "context_length",
         "n_positions": "context_length",
@@ -68,6 +69,7 @@ NEAR_ALIASES = {
     "warmup_iters": "length is counted in tokens: write train.warmup_tokens = steps * train.batch_tokens",
     "min_lr": "write train.final_lr_fraction = lowest / peak learning rate",
     "dtype": "write train.precision: auto, float32 or bfloat16",
+    "torch_dtype": "write train.precision: auto, float32 or bfloat16",
     "activation_function": "write model.activation: gelu_tanh, gelu or swiglu",
     "hidden_act": "write model.activation: gelu_tanh, gelu or swiglu",
 }
@@ -179,6 +181,8 @@ def nearest_source_key(name: str) -> str:
 
 
 def _closest(name: str, names: Iterable[str]) -> str | None:
+    if len(name) > 60:
+        return None
     close = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.6)
     return close[0] if close else None
 

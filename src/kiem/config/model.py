@@ -99,8 +99,10 @@ class ModelConfig(Config):
 
 def derived(values: dict[str, Any]) -> dict[str, Any]:
     """The fields that follow from those given, where they are not given; values that are wrong derive nothing."""
-    given = {name: value for name, value in values.items() if value is not None}
-    emb_dim, n_heads, norm = given.get("emb_dim"), given.get("n_heads"), given.get("norm", "layernorm")
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    emb_dim: Any = given.get("emb_dim")
+    n_heads: Any = given.get("n_heads")
+    norm = given.get("norm", "layernorm")
     found: dict[str, Any] = {"norm_bias": norm == "layernorm"}
     if _positive(emb_dim):
         found["hidden_dim"] = 4 * emb_dim

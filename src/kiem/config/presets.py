@@ -30,6 +30,7 @@ The derivation, in the order in which it is done. M: measured (records/), A: ass
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from kiem.config.model import ModelConfig
@@ -62,35 +63,51 @@ PRESETS: dict[str, ModelConfig] = {
 
 def default_model(depth: int, vocab_size: int) -> ModelConfig:
     """The default family (Qwen3's architecture) at a depth: items 1 to 4."""
-    emb_dim = math.ceil(depth / 2) * 64
-    n_heads = emb_dim // 64
-    return ModelConfig(
-        vocab_size=vocab_size,
-        context_length=min(2048, max(256, 1 << math.ceil(math.log2(64 * depth)))),
-        emb_dim=emb_dim,
-        n_heads=n_heads,
-        n_kv_heads=n_heads // 2 if n_heads >= 4 and n_heads % 2 == 0 else n_heads,
-        n_layers=depth,
-        head_dim=64,
-        hidden_dim=math.ceil(emb_dim * 8 / 3 / 64) * 64,
-        norm="rmsnorm",
-        norm_eps=1e-6,
-        activation="swiglu",
-        position="rope",
-        rope_base=10_000.0,
-        qk_norm=True,
-        bias=False,
-        tie_embeddings=False,
-    )
+    return ModelConfig(**default_values(depth, {"vocab_size": vocab_size}))
+
+
+def default_values(depth: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the default family's model with those in `given` changed, and what follows from them following.
+
+    A given value that is wrong derives nothing; it is in the result, for the checks. vocab_size is only there if given.
+    """
+
+    def size(name: str, default: int) -> int:
+        value = given.get(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 2**20 else default
+
+    depth = size("n_layers", depth)
+    emb_dim = size("emb_dim", math.ceil(depth / 2) * 64)
+    n_heads = size("n_heads", max(1, emb_dim // size("head_dim", 64)))
+    even = emb_dim % (2 * n_heads) == 0
+    wide = 8 / 3 if given.get("activation", "swiglu") == "swiglu" else 4
+    values: dict[str, Any] = {
+        "context_length": min(2048, max(256, 1 << math.ceil(math.log2(64 * depth)))),
+        "emb_dim": emb_dim,
+        "n_heads": n_heads,
+        "n_kv_heads": n_heads // 2 if n_heads >= 4 and n_heads % 2 == 0 else n_heads,
+        "n_layers": depth,
+        "head_dim": emb_dim // n_heads if "n_heads" in given and even else 64,
+        "hidden_dim": math.ceil(emb_dim * wide / 64) * 64,
+        "norm": "rmsnorm",
+        "norm_eps": 1e-6,
+        "activation": "swiglu",
+        "position": "rope",
+        "qk_norm": True,
+        "bias": False,
+        "tie_embeddings": False,
+    }
+    return values | dict(given)
 
 
 def tokenizer_vocab_size(config: RunConfig) -> int:
     """Entries of a bpe tokenizer that is trained for this run: as configured, else the model's, else item 5."""
     if config.data.tokenizer_vocab_size is not None:
         return config.data.tokenizer_vocab_size
-    if config.model is not None:
+    if config.model is not None and config.model.vocab_size is not None:
         return config.model.vocab_size
-    return min(65_536, max(1_024, _power_of_two(64 * (config.depth or DEFAULT_DEPTH) ** 2)))
+    depth = config.model.n_layers if config.model is not None else config.depth or DEFAULT_DEPTH
+    return min(65_536, max(1_024, _power_of_two(64 * depth**2)))
 
 
 def depth_for(flops: float) -> int:
@@ -105,11 +122,13 @@ def depth_for(flops: float) -> int:
 
 
 def resolve(config: RunConfig, vocab_size: int) -> RunConfig:
-    """Fill every value that is still None; `vocab_size` is the tokenizer's. Resolving again changes nothing.
+    """Fill every value that is still to be derived; `vocab_size` is the tokenizer's. Resolving again changes nothing.
 
     Raises ConfigError if the model has fewer vocabulary entries than the tokenizer, or sizes do not fit together.
     """
     model = config.model or default_model(config.depth or DEFAULT_DEPTH, vocab_size)
+    if model.vocab_size is None:
+        model = model.model_copy(update={"vocab_size": vocab_size})
     if model.vocab_size < vocab_size:
         raise ConfigError(
             f"model.vocab_size is {model.vocab_size} and the tokenizer has {vocab_size} tokens: set it to "
@@ -129,7 +148,9 @@ def _training(train: TrainConfig, model: ModelConfig) -> dict[str, Any]:
     context, muon = model.context_length, train.optimizer == "muon"
     tokens = train.tokens or 20 * multiplied_parameters(model)
     batch = train.batch_tokens or max(context, min(_power_of_two(0.75 * tokens**0.5), tokens) // context * context)
-    micro = train.micro_batch_tokens or _largest_part(batch, context, 16_384 * 256 // model.emb_dim)
+    micro = train.micro_batch_tokens or (
+        _largest_part(batch, context, 16_384 * 256 // model.emb_dim) if batch % context == 0 else batch
+    )
     problems = [
         f"{name} {value} is not a multiple of context_length {context}: use {max(1, round(value / context)) * context}"
         for name, value in (("train.batch_tokens", batch), ("train.micro_batch_tokens", micro))
@@ -146,7 +167,7 @@ def _training(train: TrainConfig, model: ModelConfig) -> dict[str, Any]:
             problems.append(f"train.{name} {value} is more than train.tokens {tokens}")
     if problems:
         raise ConfigError("\n".join(problems))
-    steps = tokens // batch
+    steps = -(-tokens // batch)  # a last step that is not full is made full: never less than was asked for
     every = max(1, math.ceil(steps / 10))
     derived = {
         "batch_tokens": batch,

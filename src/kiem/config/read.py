@@ -15,13 +15,19 @@ import yaml
 from pydantic import ValidationError
 
 from kiem.config import keys as names
-from kiem.config.formats import Dumper, describe, parse_count, parse_value, read_mapping
-from kiem.config.model import ModelConfig
+from kiem.config.elsewhere import translate
+from kiem.config.families import Translation, rope_scaling, window_problem
+from kiem.config.formats import Dumper, describe, parse_count, parse_value, read_document
+from kiem.config.literals import Unread
+from kiem.config.model import ModelConfig, derived
 from kiem.config.run import DataConfig, RunConfig
 from kiem.errors import ConfigError
 from kiem.files import write_atomically
 
+MAX_PROBLEMS = 30  # shown; also unknown keys for which a near one is looked up
+MAX_DEPTH = 128
 _REMOVE = object()
+_KEY = re.compile(r"""(?:^|[{(,\n])[ \t]*["']?([A-Za-z_][\w.-]{0,99})["']?[ \t]*[:=]""")
 _OPTIONS = {"data.sources": "--data"}  # options that are not called as their key is
 
 
@@ -72,15 +78,18 @@ class Draft:
         self.origin: dict[str, str] = {}
         self.problems: list[str] = []
         self.meant: set[str] = set()  # keys that a misspelt one meant: their absence is no second problem
+        self.base: dict[str, Any] = {}  # the model as a file or preset has it, before changes to single values
+        self.changed: set[str] = set()  # the keys of these changes
+        self.windows: list[Translation] = []
         self.name = "config"
-        self.text = ""
+        self.lines: dict[str, list[int]] = {}
 
     def add_target(self, target: str) -> None:
         """A preset, or else a file."""
         from kiem.config.presets import PRESETS
 
         if target in PRESETS:
-            self.values["model"] = _preset(target)
+            self._assign("model", target, target, spoken=False)
             return
         path = Path(target)
         # os.path.exists is False, where Path.exists raises, for a name that no file can have.
@@ -88,12 +97,21 @@ class Draft:
             close = difflib.get_close_matches(target, PRESETS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"presets are {', '.join(PRESETS)}"
             raise ConfigError(f"'{target}' is neither a file nor a preset: {hint}")
-        values, self.text = read_mapping(path)
-        self.add_mapping(values, target)
+        document = read_document(path)
+        self.lines = _lines(document.text)
+        self.add_mapping(document.values, target, document.form)
 
-    def add_mapping(self, values: dict[str, Any], name: str) -> None:
+    def add_mapping(self, values: dict[str, Any], name: str, form: str = "") -> None:
         """A model configuration (its top level has model keys), or the sections of a run configuration."""
         self.name = name
+        self._add_sections(values, form)
+        self.base = dict(self.values["model"])
+
+    def _add_sections(self, values: dict[str, Any], form: str) -> None:
+        flat = not any(isinstance(values.get(section), Mapping) for section in names.SECTIONS)
+        if flat and (translation := translate(values, form)):
+            self._add_translation(translation)
+            return
         sections = [key for key in values if key in names.schema()]
         if not sections and any(key in names.model_names() for key in values):
             values = {"model": values}
@@ -102,8 +120,23 @@ class Draft:
                 self._place("", key, value, self._where(key))
                 continue
             self.origin[key] = self._where(key)
+            if key == "model" and (translation := translate(value)):
+                self._add_translation(translation)
+                continue
             for inner, content in value.items():
                 self._place(key, inner, content, self._where(inner))
+
+    def _add_translation(self, translation: Translation) -> None:
+        """A configuration of another project, in Kiem's keys."""
+        for path, (value, key) in translation.values.items():
+            if path in names.schema():
+                self._assign(path, value, self._where(key), spoken=False)
+            else:
+                self._unknown(*path.rpartition(".")[::2], self._where(key))
+        if translation.problems:
+            self.problems.append(f"{self.name}: {translation.what}: {'; '.join(translation.problems)}")
+            self.meant.update(f"model.{name}" for name in ModelConfig.model_fields)
+        self.windows.append(translation)
 
     def override(self, text: str) -> None:
         """`key=value`."""
@@ -128,7 +161,7 @@ class Draft:
 
     def check(self) -> RunConfig:
         """The checked configuration, or one ConfigError with every problem."""
-        self._whole_model()
+        self._complete_model()
         values = {key: value for key, value in self.values.items() if value != {}}
         config = None
         try:
@@ -137,6 +170,9 @@ class Draft:
             self._explain(error)
         if config is not None:
             self.problems += _without_effect(config)
+            context = None if config.model is None else config.model.context_length
+            reasons = [reason for window in self.windows if (reason := window_problem(window, context))]
+            self.problems += [f"{self.name}: {reason}" for reason in reasons]
         if self.problems or config is None:
             raise ConfigError(_listed(list(dict.fromkeys(self.problems))))
         return config
@@ -144,7 +180,9 @@ class Draft:
     def _place(self, section: str, name: Any, value: Any, where: str) -> None:
         """A key of the mapping: canonical name, once, known."""
         path = ".".join(filter(None, (section, names.canonical(section, str(name)))))
-        if path not in names.schema():
+        if isinstance(value, Unread):
+            self.problems.append(value.problem)
+        elif path not in names.schema():
             self._unknown(section, str(name), where)
         elif path in self.origin and path not in names.SECTIONS:
             self.problems.append(f"{where}: {name} is another name of {path}, which is given too: keep one")
@@ -154,8 +192,17 @@ class Draft:
     def _assign(self, path: str, value: Any, where: str, spoken: bool) -> None:
         key = names.schema()[path]
         self.origin[path] = where
+        if spoken:
+            self.changed.add(path)
+        if isinstance(value, Unread):
+            self.problems.append(value.problem)
+            self.meant.add(path)
+            return
         if path == "model" and isinstance(value, str):
             self._model_preset(value, where)
+            return
+        if path == "model.rope_scaling" and isinstance(value, Mapping):
+            self._rope_scaling(value, where)
             return
         if key.type == "section":
             if isinstance(value, Mapping) and spoken:
@@ -184,7 +231,8 @@ class Draft:
         from kiem.config.presets import PRESETS
 
         if name in PRESETS:
-            self.values["model"] = _preset(name)
+            self.values["model"] = PRESETS[name].model_dump(exclude_none=True)
+            self.base = dict(self.values["model"])
             return
         close = difflib.get_close_matches(name, PRESETS, n=1)
         self.problems.append(
@@ -213,33 +261,66 @@ class Draft:
         return entries
 
     def _unknown(self, section: str, name: str, where: str) -> None:
-        hint, meant = names.nearest(name, section)
-        self.meant.add(meant or "")
-        self.problems.append(f"{where}: unknown key '{section + '.' if section else ''}{name}': {hint}")
+        if len(self.problems) < MAX_PROBLEMS:  # a file of thousands of them is no configuration
+            hint, meant = names.nearest(name, section)
+            self.meant.add(meant or "")
+        else:
+            hint = "remove it"
+        self.problems.append(f"{where}: unknown key '{section + '.' if section else ''}{name[:60]}': {hint}")
 
-    def _whole_model(self) -> None:
-        """A model is given by depth or by its keys, not by both, and not by a few of its keys alone."""
-        model = self.values["model"]
-        if self.values.get("depth") is not None and (model or "model" in self.meant):
-            where = self.origin.get("depth", self.name)
-            self.problems.append(f"{where}: depth has no effect beside model, as it sets every value of it: keep one")
-            self.values.pop("depth")
+    def _rope_scaling(self, value: Mapping, where: str) -> None:
+        """The group of keys that config.json files have under rope_scaling."""
+        scaling, problems = rope_scaling(value)
+        self.problems += [f"{where}: rope_scaling: {problem}" for problem in problems]
+        self.values["model"] |= scaling
+        self.origin |= {f"model.{name}": where for name in scaling}
+
+    def _complete_model(self) -> None:
+        """A model is whole in a file or preset, or it is the default family's at a depth; single values change either.
+
+        What followed from a value follows the changed one too.
+        """
+        model, depth = self.values["model"], self.values.get("depth")
         required = [name for name, field in ModelConfig.model_fields.items() if field.is_required()]
         missing = [name for name in required if name not in model and f"model.{name}" not in self.meant]
-        if model and missing:
+        whole = all(name in self.base or f"model.{name}" in self.meant for name in required)
+        if depth is not None and (whole or "model" in self.meant):
             self.problems.append(
-                f"{self.origin.get('model', self.name)}: the model is not whole, missing "
-                f"{', '.join(f'model.{name}' for name in missing)}: give every one, or start from a "
-                "preset with model=gpt2-124m"
+                f"{self.origin.get('depth', self.name)}: depth and a model that has its own sizes cannot be combined: "
+                "keep one (single values can be changed, such as model.context_length=128)"
             )
-        if model and any(name not in model for name in required):
+            self.values.pop("depth")
+        elif model and not whole and (depth is not None or not self.base):
+            self._on_default_family(model, depth)
+        elif model and missing:
+            self.problems.append(
+                f"{self.origin.get('model', self.name)}: the model section is incomplete, missing "
+                f"{', '.join(f'model.{name}' for name in missing)}: give every one, or give depth, from which the rest "
+                "follows, or start from a preset with model=gpt2-124m"
+            )
+        elif self.base:
+            for name in ("hidden_dim", "n_kv_heads", "head_dim", "norm_bias", "rope_original_context_length"):
+                followed = derived({**self.base, name: None}).get(name)
+                if f"model.{name}" not in self.changed and followed is not None and model.get(name) == followed:
+                    del model[name]
+        if model and any(name not in self.values["model"] for name in required):
             self.meant.update(f"model.{name}" for name in required)
+
+    def _on_default_family(self, model: dict[str, Any], depth: Any) -> None:
+        """Values on top of the default family's model. A depth that is wrong stays, for the checks."""
+        from kiem.config.presets import DEFAULT_DEPTH, default_values
+
+        depth = DEFAULT_DEPTH if depth is None else depth
+        if isinstance(depth, int) and not isinstance(depth, bool) and 1 <= depth <= MAX_DEPTH:
+            self.values["model"] = default_values(depth, model)
+            self.values.pop("depth", None)
+        else:
+            self.values["model"] = {}
 
     def _where(self, key: Any) -> str:
         """file:line of a key where the text has it once, else the file."""
-        pattern = rf"""(?:^|[{{,\n])[ \t]*["']?{re.escape(str(key))}["']?[ \t]*[:=]"""
-        found = [match.end() for match in re.finditer(pattern, self.text)]
-        return f"{self.name}:{self.text.count(chr(10), 0, found[0]) + 1}" if len(found) == 1 else self.name
+        lines = self.lines.get(str(key), [])
+        return f"{self.name}:{lines[0]}" if len(lines) == 1 else self.name
 
     def _explain(self, error: ValidationError) -> None:
         """Each of the schema's findings in a sentence: where, what was given, what is allowed."""
@@ -303,19 +384,6 @@ def _read_spoken(key: names.Key, text: str) -> Any:
     return parse_value(text) if key.type == "list" else text
 
 
-def _preset(name: str) -> dict[str, Any]:
-    """A preset's values without those that follow from others, so that a change of width changes them too."""
-    from kiem.config.presets import PRESETS
-
-    values = PRESETS[name].model_dump(exclude_none=True)
-    derived = {
-        "hidden_dim": 4 * values["emb_dim"],
-        "n_kv_heads": values["n_heads"],
-        "head_dim": values["emb_dim"] // values["n_heads"],
-    }
-    return {key: value for key, value in values.items() if derived.get(key) != value}
-
-
 def _without_effect(config: RunConfig) -> list[str]:
     """Keys that were given and can change nothing."""
     data, train, found = config.data, config.train, []
@@ -332,7 +400,19 @@ def _without_effect(config: RunConfig) -> list[str]:
     return found
 
 
+def _lines(text: str) -> dict[str, list[int]]:
+    """The lines at which each key stands in a text."""
+    found: dict[str, list[int]] = {}
+    line, end = 1, 0
+    for match in _KEY.finditer(text):
+        line += text.count("\n", end, match.start(1))
+        end = match.start(1)
+        found.setdefault(match[1], []).append(line)
+    return found
+
+
 def _listed(problems: list[str]) -> str:
     if len(problems) == 1:
         return problems[0]
-    return f"{len(problems)} problems in the configuration\n" + "\n".join(f"  {problem}" for problem in problems)
+    shown = problems if len(problems) <= MAX_PROBLEMS else [*problems[: MAX_PROBLEMS - 1], "..."]
+    return f"{len(problems)} problems in the configuration\n" + "\n".join(f"  {problem}" for problem in shown)
