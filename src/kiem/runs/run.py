@@ -1,0 +1,243 @@
+"""A run folder: whoever needs one of its parts asks here.
+
+    config.yaml plan.json metrics.jsonl samples.jsonl tokenizer/ checkpoints/step-00001000/ report.json report.html
+    .lock       held by the process that writes the run; it ends with that process
+    .tmp-*      an interrupted write: waste
+
+A run exists from the moment when it has its config.yaml, which is the first thing that is written into its folder. What
+it was trained with (config, tokenizer, text) is what its checkpoint says: that is protected by checksums.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from kiem import runtime
+from kiem.config.presets import resolve, tokenizer_vocab_size
+from kiem.config.read import config_text, read_config
+from kiem.config.run import RunConfig
+from kiem.errors import CheckpointError, ConfigError, DataError, KiemWarning
+from kiem.files import LOCK, TEMPORARY, lock, read_json, storage_error, to_json, write_atomically
+
+if TYPE_CHECKING:
+    from kiem.data.shards import Dataset
+    from kiem.data.tokenizer import Tokenizer
+    from kiem.runs.checkpoint import Checkpoint
+
+PrepareProgress = Callable[[int, int, int], None]  # documents, bytes, tokens
+MOST_REPORT_BYTES = 256 << 20
+
+
+class Run:
+    """One run folder, and the checkpoint in it that was named, if one was."""
+
+    def __init__(self, folder: str | Path, named: Path | None = None) -> None:
+        self.folder, self.named = Path(folder), named
+
+    @classmethod
+    def at(cls, path: str | Path) -> Self:
+        """The run of a run folder or of a checkpoint folder in it. Raises CheckpointError if it is neither."""
+        path = Path(path).expanduser()
+        whole = Path(os.path.abspath(path))
+        if whole.parent.name == "checkpoints" and os.path.isdir(whole):
+            return cls(path.parent.parent if len(path.parts) > 2 else whole.parent.parent, path)
+        run = cls(path)
+        if not run.exists:
+            what = "is not the folder of a run: it has no config.yaml" if os.path.isdir(path) else "does not exist"
+            raise CheckpointError(f"{path} {what}: name the folder that `kiem train` wrote, or a checkpoint in it")
+        return run
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.named or self.folder)!r})"
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder holds a run, one without a checkpoint included."""
+        if os.path.isfile(self.config_file):
+            return True
+        return os.path.isdir(self.folder / "checkpoints") and any((self.folder / "checkpoints").glob("step-*"))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the folder is missing, or holds nothing but what a start that was killed at once left."""
+        if not os.path.lexists(self.folder):
+            return True
+        return os.path.isdir(self.folder) and all(
+            name.startswith((LOCK, TEMPORARY)) for name in os.listdir(self.folder)
+        )
+
+    def is_finished(self, config: RunConfig) -> bool:
+        """Whether its newest checkpoint is that of the last step of this configuration (resolved)."""
+        saved = self.state.get("config")
+        same_length = isinstance(saved, dict) and (saved.get("train") or {}).get("tokens") == config.train.tokens
+        return same_length and self.state.get("step") == config.train.tokens // config.train.batch_tokens
+
+    # -- what it was trained with
+
+    def read(self, groups: tuple[str, ...] | None = None) -> "Checkpoint":
+        """The named checkpoint, or the newest whole one; a damaged newer one is passed over with a warning.
+
+        Raises CheckpointError if there is none to load.
+        """
+        from kiem.runs import checkpoint
+
+        if self.named is not None:
+            return checkpoint.load(self.named, groups)
+        found, problems = checkpoint.newest(self.folder, groups)
+        if found is None:
+            raise CheckpointError("\n".join([f"the run {self.folder} has no whole checkpoint", *problems]))
+        for problem in problems:
+            warnings.warn(f"{problem}; {found.path.name} is used", KiemWarning, stacklevel=3)
+        return found
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """The state of the checkpoint; empty if there is no whole one."""
+        from kiem.runs import checkpoint
+
+        if self.named is not None:
+            return checkpoint.load(self.named, ()).state
+        found, _ = checkpoint.newest(self.folder, ())
+        return found.state if found else {}
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The configuration that it was trained with, nothing left to derive. Raises CheckpointError, ConfigError."""
+        config = self._saved_config() or self.written_config()
+        if config.model is None:
+            raise CheckpointError(
+                f"{self.config_file} is not as `kiem train` wrote it: it has no model. Bring it back, or start a run in "
+                "a new folder with it: kiem train CONFIG --out FOLDER"
+            )
+        return resolve(config, 1)
+
+    def written_config(self) -> RunConfig:
+        """What config.yaml says now, which may have been edited; without the file, what the checkpoint says."""
+        if not os.path.isfile(self.config_file) and (saved := self._saved_config()):
+            return saved
+        return read_config(self.config_file)
+
+    def _saved_config(self) -> RunConfig | None:
+        saved = self.state.get("config")
+        return saved_config(saved, self.named or self.folder) if saved else None
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer":
+        """Its own tokenizer, known to be the one that it was trained with. Raises DataError, CheckpointError."""
+        from kiem.data.tokenizer import Tokenizer
+
+        found = Tokenizer.load(self.folder / "tokenizer")
+        if self.state.get("tokenizer") not in (None, found.digest):
+            raise CheckpointError(
+                f"{self.folder / 'tokenizer'} is not the tokenizer that this run was trained with: it was changed or "
+                f"damaged. Bring it back; while the text is there, `kiem train {self.folder}` writes it again"
+            )
+        return found
+
+    def dataset(self, progress: PrepareProgress | None = None, changed_text: bool = False) -> "Dataset":
+        """The tokens that it was trained with: those in the cache, or made again from its text.
+
+        If they are gone and the text has changed: DataError, or with `changed_text` the tokens that its own tokenizer
+        makes of the text as it is now, with a warning.
+        """
+        from kiem.data.prepare import prepare
+
+        config, cache = self.config, runtime.cache_dir()
+        if (kept := self._kept_dataset(cache)) is not None:
+            return kept
+        found = prepare(config.data, tokenizer_vocab_size(config), config.seed, cache, progress)
+        fingerprint = self.state.get("data")
+        if fingerprint in (None, found.fingerprint):
+            return found
+        if not changed_text:
+            raise self.changed(found)
+        data = config.data.model_copy(update={"tokenizer": str(self.folder / "tokenizer")})
+        if found.tokenizer.digest != self.tokenizer.digest:
+            found = prepare(data, self.tokenizer.vocab_size, config.seed, cache, progress)
+        warnings.warn(
+            f"the text of {self.folder} has changed since it was trained: this is the held-out part of the text as it "
+            "is now, and the run may have been trained on some of it",
+            KiemWarning,
+            stacklevel=3,
+        )
+        return found
+
+    def changed(self, now: "Dataset") -> DataError:
+        """The refusal of tokens that are not those of the run."""
+        return DataError(
+            f"{self.folder}: its text or its tokenizer has changed since it was trained (fingerprint "
+            f"{str(self.state.get('data'))[:12]}, now {now.fingerprint[:12]}). Bring the text back, or train on the "
+            f"text as it is now, from this run's weights: kiem train {self.folder} --fork {self.folder}-2"
+        )
+
+    def _kept_dataset(self, cache: Path) -> "Dataset | None":
+        """The tokens of the run where they still are in the cache, whatever became of the text."""
+        from kiem.data.shards import open_dataset
+
+        name, sources = self.state.get("data_folder"), self.config.data.sources
+        if not isinstance(name, str) or not name.isalnum():
+            return None
+        names = [source.path for source in (*sources, *(self.config.data.validation or []))]
+        try:
+            found = open_dataset(cache / "data" / name, [source.weight for source in sources], names)
+        except (DataError, ValueError, OSError):
+            return None
+        return found if found.fingerprint == self.state.get("data") else None
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What report.json says; empty if there is none."""
+        try:
+            found = read_json(self.folder / "report.json", MOST_REPORT_BYTES)
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    # -- writing it
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the folder (it is made if missing) for writing, and clear what an interrupted write left in it.
+
+        Raises BusyError with process and host of the holder, StorageError if the folder cannot be written.
+        """
+        from kiem.runs import checkpoint
+
+        what = f"the run folder {self.folder}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise storage_error(problem, what, self.folder.parent) from problem
+        with lock(self.folder, what):
+            checkpoint.clean(self.folder)
+            yield
+
+    def write_facts(self, config: RunConfig, tokenizer: "Tokenizer", plan: Mapping[str, Any] | None) -> None:
+        """What the folder says of the run besides its progress. config.yaml comes first: with it the run exists."""
+        write_atomically(self.config_file, config_text(config))
+        try:
+            tokenizer.save(self.folder / "tokenizer")
+        except OSError as problem:
+            raise storage_error(problem, str(self.folder / "tokenizer"), self.folder) from problem
+        if plan is not None:
+            write_atomically(self.folder / "plan.json", to_json(plan, indent=1))
+
+
+def saved_config(saved: Any, where: Path) -> RunConfig:
+    """The configuration in a checkpoint's state. Raises CheckpointError."""
+    try:
+        if not isinstance(saved, dict):
+            raise ConfigError("not a group of keys")
+        return read_config(saved)
+    except ConfigError as problem:
+        raise CheckpointError(f"the checkpoint in {where} has no usable configuration: {problem}") from None
+
+
