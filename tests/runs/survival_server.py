@@ -67,14 +67,29 @@ def child(job):
 def configuration(folder, steps):
     from kiem.config.read import read_config
 
-    return read_config({
-        "model": {"vocab_size": 257, "context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2,
-                  "drop_rate": 0.1},
-        "data": {"sources": [{"path": str(folder / "text.txt")}], "tokenizer": "bytes", "validation_fraction": 0.1},
-        "train": {"tokens": 64 * steps, "batch_tokens": 64, "micro_batch_tokens": 32, "save_every": 3, "eval_every": 4,
-                  "eval_tokens": 64},
-        "seed": 5, "device": "cpu",
-    })
+    return read_config(
+        {
+            "model": {
+                "vocab_size": 257,
+                "context_length": 16,
+                "emb_dim": 16,
+                "n_heads": 2,
+                "n_layers": 2,
+                "drop_rate": 0.1,
+            },
+            "data": {"sources": [{"path": str(folder / "text.txt")}], "tokenizer": "bytes", "validation_fraction": 0.1},
+            "train": {
+                "tokens": 64 * steps,
+                "batch_tokens": 64,
+                "micro_batch_tokens": 32,
+                "save_every": 3,
+                "eval_every": 4,
+                "eval_tokens": 64,
+            },
+            "seed": 5,
+            "device": "cpu",
+        }
+    )
 
 
 def make_data(folder, steps):
@@ -148,6 +163,7 @@ class Fault:
         def call(*args, **kwargs):
             self.happen(grows)
             return real(*args, **kwargs)
+
         return call
 
     def happen(self, grows, do_half=lambda: None):
@@ -174,7 +190,7 @@ class CountedFile:
 
         def do_half():
             nonlocal done
-            done = self.file.write(memoryview(data)[:len(data) // 2])
+            done = self.file.write(memoryview(data)[: len(data) // 2])
             self.file.flush()
 
         self.fault.happen(True, do_half)

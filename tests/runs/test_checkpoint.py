@@ -67,12 +67,18 @@ def test_what_is_saved_comes_back(tmp_path):
     tensors, state = load(path)
     assert state == example_state(7)
     assert {group: sorted(named) for group, named in tensors.items()} == {
-        group: sorted(named) for group, named in example().items()}
+        group: sorted(named) for group, named in example().items()
+    }
     for group, named in example(7).items():
         for name, tensor in named.items():
             assert equal(tensors[group][name], tensor), (group, name)
     assert {entry.name for entry in path.iterdir()} == {
-        "manifest.json", "state.json", "model.safetensors", "optimizer.safetensors", "random.safetensors"}
+        "manifest.json",
+        "state.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "random.safetensors",
+    }
     assert [entry.name for entry in path.parent.iterdir()] == ["step-00000007"]
 
 
@@ -89,7 +95,7 @@ def test_any_tensors_come_back_bit_for_bit(tmp_path_factory, data):
         raw = data.draw(st.binary(min_size=n, max_size=n))
         if dtype == torch.bool:
             raw = bytes(b & 1 for b in raw)
-        tensor = torch.frombuffer(bytearray(raw + b"\0" * size), dtype=dtype)[:n // size].reshape(shape)
+        tensor = torch.frombuffer(bytearray(raw + b"\0" * size), dtype=dtype)[: n // size].reshape(shape)
         layout = data.draw(st.sampled_from(["plain", "transposed", "expanded", "sliced"]))
         if layout == "transposed" and tensor.ndim >= 2:
             tensor = tensor.transpose(0, 1)
@@ -199,7 +205,7 @@ def test_truncated_extended_and_replaced_files_are_noticed(two_checkpoints, data
     kind = data.draw(st.sampled_from(["truncate", "extend", "replace", "missing"]))
     try:
         if kind == "truncate":
-            file.write_bytes(original[:data.draw(st.integers(0, len(original) - 1))])
+            file.write_bytes(original[: data.draw(st.integers(0, len(original) - 1))])
         elif kind == "extend":
             file.write_bytes(original + data.draw(st.binary(min_size=1, max_size=9)))
         elif kind == "replace":
@@ -228,8 +234,10 @@ def assert_noticed(run, newest, name):
     assert equal(tensors["model"]["tok_emb.weight"], example(1)["model"]["tok_emb.weight"])
 
 
-@pytest.mark.parametrize("text", [
-    b"", b"{", b"[]", b"null", b"1", b'{"sha256": "x"}', b"\xff\xfe", b"[" * 100_000, b'{"version": 1, "files": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[]", b"null", b"1", b'{"sha256": "x"}', b"\xff\xfe", b"[" * 100_000, b'{"version": 1, "files": {}}'],
+)
 def test_a_manifest_that_is_not_one_is_noticed(tmp_path, text):
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
@@ -283,8 +291,13 @@ def test_restore_copies_in_place_or_not_at_all(tmp_path):
         saved |= {"d": torch.zeros(1, dtype=torch.int64), "e": torch.zeros(1)}
         checkpoint.restore(targets, saved, tmp_path, "model")
     text = str(caught.value)
-    for part in (str(tmp_path), "b has shape [2] in the checkpoint, [3] in this run", "c is not in the checkpoint",
-                 "d is int64 in the checkpoint, float32 in this run", "e is in the checkpoint but not in this run"):
+    for part in (
+        str(tmp_path),
+        "b has shape [2] in the checkpoint, [3] in this run",
+        "c is not in the checkpoint",
+        "d is int64 in the checkpoint, float32 in this run",
+        "e is in the checkpoint but not in this run",
+    ):
         assert part in text
     assert torch.equal(targets["a"], torch.zeros(4))
 

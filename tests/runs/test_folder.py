@@ -44,7 +44,7 @@ class FailingFile:
     def write(self, data):
         self.counter[0] -= 1
         if self.counter[0] < 0:
-            self.file.write(bytes(data)[:len(data) // 2])
+            self.file.write(bytes(data)[: len(data) // 2])
             raise OSError(self.code, os.strerror(self.code))
         return self.file.write(data)
 
@@ -182,6 +182,7 @@ def kill_at(n):
             if counter[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
+
         return call
 
     for name in ("fsync", "rename", "mkdir", "rmdir", "unlink"):

@@ -121,7 +121,14 @@ def test_truncate_keeps_what_belongs_to_the_checkpoint(tmp_path):
         log.truncate(3)
         log.write("start", step=3, tokens=0)
         assert [(r["kind"], r["step"]) for r in read_metrics(path)] == [
-            ("start", 0), ("step", 1), ("step", 2), ("step", 3), ("eval", 3), ("save", 3), ("start", 3)]
+            ("start", 0),
+            ("step", 1),
+            ("step", 2),
+            ("step", 3),
+            ("eval", 3),
+            ("save", 3),
+            ("start", 3),
+        ]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

@@ -30,8 +30,13 @@ class Server:
 
     def __init__(self, folder, data=None):
         self.folder, self.data, self.jobs = folder, data or folder, 0
-        self.process = subprocess.Popen([sys.executable, PROGRAM], bufsize=0, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.process = subprocess.Popen(
+            [sys.executable, PROGRAM],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         if data is None:
             assert self.train(None) == 0, self.output()
             (folder / "where").write_text(self.output().strip())
@@ -94,8 +99,11 @@ def outcome(run):
     files = {entry.name: entry.read_bytes() for entry in sorted(newest.iterdir())}
     assert set(files) >= {"model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    logged = [{key: value for key, value in line.items() if key not in UNCOMPARED}
-              for line in lines if line["kind"] in ("step", "eval")]
+    logged = [
+        {key: value for key, value in line.items() if key not in UNCOMPARED}
+        for line in lines
+        if line["kind"] in ("step", "eval")
+    ]
     assert [line["step"] for line in logged if line["kind"] == "step"] == list(range(1, STEPS + 1))
     return newest.name, files, logged
 
@@ -180,8 +188,11 @@ def test_a_damaged_checkpoint_is_passed_over(server, undisturbed, tmp_path):
     weights[len(weights) // 2] ^= 1
     (newest / "model.safetensors").write_bytes(weights)
     assert server.train(run) == 0, server.output()
-    starts = [line["step"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-              if line["kind"] == "start"]
+    starts = [
+        line["step"]
+        for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if line["kind"] == "start"
+    ]
     assert starts[-1] == int(newest.name[5:]) - 3
     assert outcome(run) == expected
 

@@ -184,7 +184,6 @@ class MetricsLog(JsonLines):
             raise ValueError(f"metrics record of kind {kind!r}; the kinds are {', '.join(RECORDS)}")
         self.append({"kind": kind, **fields}, sync=kind in SYNCED_KINDS)
 
-
     def last_kind(self) -> str | None:
         """The kind of the last record."""
         kind = None
@@ -223,8 +222,10 @@ def _lines(file: Any, name: str, problems: list[str]) -> Iterator[tuple[bytes, d
             continue
         if record.get("kind") == "step" and isinstance(step := record.get("step"), int):
             if before is not None and step > before + 1:
-                problems.append(f"{name}, line {number}: no record of step {before + 1}"
-                                + (f" to {step - 1}" if step > before + 2 else ""))
+                problems.append(
+                    f"{name}, line {number}: no record of step {before + 1}"
+                    + (f" to {step - 1}" if step > before + 2 else "")
+                )
             before = step
         yield line, record
 

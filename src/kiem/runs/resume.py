@@ -162,7 +162,8 @@ def _take_up_longer(run: "Run", start: Start, before: RunConfig, after: RunConfi
             return
     raise ConfigError(
         f"{run.folder}: {LENGTH}={after.train.tokens}: the learning rate has begun to fall, and there is no checkpoint "
-        "from before that. To train on from its weights, with a new warm-up: " + fork_command(run.folder, start.changed, [LENGTH])
+        "from before that. To train on from its weights, with a new warm-up: "
+        + fork_command(run.folder, start.changed, [LENGTH])
     )
 
 
@@ -230,5 +231,3 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return found
-
-

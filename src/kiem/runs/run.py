@@ -239,5 +239,3 @@ def saved_config(saved: Any, where: Path) -> RunConfig:
         return read_config(saved)
     except ConfigError as problem:
         raise CheckpointError(f"the checkpoint in {where} has no usable configuration: {problem}") from None
-
-
