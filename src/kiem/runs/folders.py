@@ -118,7 +118,7 @@ def with_tokenizer_of(config: RunConfig, run: Run) -> RunConfig:
 
 
 def with_whole_paths(config: RunConfig) -> RunConfig:
-    """Paths from the root, so that a run can be resumed from any working folder; standard input as a file of the cache."""
+    """Paths from the root, so that a run resumes from any working folder; standard input as a file of the cache."""
 
     def whole(path: str) -> str:
         if path == "-":

@@ -114,8 +114,8 @@ class Run:
         config = self._saved_config() or self.written_config()
         if config.model is None:
             raise CheckpointError(
-                f"{self.config_file} is not as `kiem train` wrote it: it has no model. Bring it back, or start a run in "
-                "a new folder with it: kiem train CONFIG --out FOLDER"
+                f"{self.config_file} is not as `kiem train` wrote it: it has no model. Bring it back, or start a run "
+                "in a new folder with it: kiem train CONFIG --out FOLDER"
             )
         return resolve(config, 1)
 
