@@ -31,7 +31,7 @@ from kiem.inspect.record.passes import Folder
 from kiem.inspect.record.threads import Local, Numbers
 from kiem.inspect.record.values import ValueTable
 from kiem.inspect.verify.branches import MANY_VALUED
-from kiem.inspect.verify.precision import unit_of_products
+from kiem.inspect.verify.precision import unit_of
 from kiem.inspect.verify.replay import flatten
 
 MAX_OPS = 200_000
@@ -152,6 +152,9 @@ class Recorder(TorchDispatchMode):
                     op.sequence = self.numbers.number(number - 1)
                     self.by_sequence.setdefault(number - 1, []).append(op.index)
                 op.mutates = tuple(self._after_write(written, op.index))
+                if op.random:  # a mask that it wrote
+                    for value, tensor in zip(op.mutates, written, strict=True):
+                        self.kept.add(self.graph.value(value), tensor)
                 op.outputs = tuple(self._outputs(out, op, dict(zip(map(id, written), op.mutates, strict=True))))
                 self.local.last = (*place, op.outputs)
                 if op.index + 1 == MAX_OPS:
@@ -208,8 +211,8 @@ class Recorder(TorchDispatchMode):
         )  # fmt: skip
         if self.backward.running:
             op.region = "backward" if sign.detaches and self._in_custom_backward() else "recomputed"
-        if any(t.dtype == torch.float32 for _, t in tensors):
-            op.unit = unit_of_products(op.label, tensors[0][1].device.type)
+        if tensors:
+            op.unit = unit_of(op.label, {t.dtype for _, t in tensors}, tensors[0][1].device.type)
         if sign.random and op.attributes.get("dropout_p", op.attributes.get("dropout", 1.0)) != 0.0:
             op.random, op.rng_state = True, generator_state(tensors, kwargs)
         written = sign.written(args, kwargs)

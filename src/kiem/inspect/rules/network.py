@@ -28,15 +28,18 @@ def log_softmax(c: Call, g: Tensor):
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
-def normalised(x: Tensor, g: Tensor, over: list[int], eps: float, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """x̂, and the gradient of x for the gradient g of x̂: r · (g − ⟨g⟩ − x̂ · ⟨g · x̂⟩). `saved`: ⟨x⟩ and r if the
-    operation gave them: its backward reads them, rounded as they are, which shows where few numbers are normalised."""
+def normalised(x: Tensor, g: Tensor, over: list[int], eps: float, c: Call) -> tuple[Tensor, Tensor]:
+    """x̂, and the gradient of x for the gradient g of x̂: r · (g − ⟨g⟩ − x̂ · ⟨g · x̂⟩). ⟨x⟩ and r are those that
+    the operation gave, if it did: its backward reads them, rounded as they are, which shows where few numbers are
+    normalised."""
+    saved = c.outputs[1:]
     mean = x.mean(over, keepdim=True)
     r = ((x - mean).square().mean(over, keepdim=True) + eps).rsqrt()
     if len(saved) > 1 and saved[0].numel() == saved[1].numel() == mean.numel():
         mean, r = saved[0].reshape(mean.shape).to(x.dtype), saved[1].reshape(r.shape).to(x.dtype)
     x_hat = (x - mean) * r
-    return x_hat, r * (g - g.mean(over, keepdim=True) - x_hat * (g * x_hat).mean(over, keepdim=True))
+    part = x_hat * (g * x_hat).mean(over, keepdim=True)
+    return x_hat, r * (g - c.rounded(g.mean(over, keepdim=True)) - c.rounded(part))
 
 
 @rule(
@@ -50,7 +53,7 @@ def normalised(x: Tensor, g: Tensor, over: list[int], eps: float, saved: tuple[T
 def layer_norm(c: Call, g: Tensor):
     x = c["input"]
     over = list(range(x.ndim - len(c["normalized_shape"]), x.ndim))
-    x_hat, gx = normalised(x, g * c.get("weight", 1.0), over, c["eps"], c.outputs[1:])
+    x_hat, gx = normalised(x, g * c.get("weight", 1.0), over, c["eps"], c)
     return {"input": gx, "weight": g * x_hat, "bias": g}
 
 
@@ -83,7 +86,7 @@ def rms_norm(c: Call, g: Tensor):
 def group_norm(c: Call, g: Tensor):
     x, shape = c["input"], (c["N"], c["group"], -1)
     w = _by_channel(c["weight"], x) if c["weight"] is not None else 1.0
-    x_hat, gx = normalised(x.reshape(shape), (g * w).reshape(shape), [2], c["eps"], c.outputs[1:])
+    x_hat, gx = normalised(x.reshape(shape), (g * w).reshape(shape), [2], c["eps"], c)
     return {"input": gx.reshape(x.shape), **_scale_and_shift(x_hat.reshape(x.shape), g)}
 
 
@@ -109,7 +112,7 @@ def batch_norm(c: Call, g: Tensor):
     # Some overloads have no `training`: those that keep running moments up train, those without any have no other.
     training = c["training"] if c["training"] is not None else c["momentum"] is None or len(c.outputs[1]) > 0
     if training or mean is None:
-        x_hat, gx = normalised(x, g * w, [0, *range(2, x.ndim)], eps, c.outputs[1:])
+        x_hat, gx = normalised(x, g * w, [0, *range(2, x.ndim)], eps, c)
     else:
         r = _by_channel((variance + eps).rsqrt(), x)
         x_hat, gx = (x - _by_channel(mean, x)) * r, g * w * r

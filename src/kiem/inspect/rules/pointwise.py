@@ -241,7 +241,6 @@ for row in (
     ("erfinv", "erf⁻¹(x)", "g · √π / 2 · exp(y²)", lambda x, y: math.sqrt(math.pi) / 2 * (y * y).exp()),
     ("lgamma", "ln Γ(x)", "g · ψ(x)", lambda x, y: torch.digamma(x)),
     ("sigmoid", "σ(x) = 1 / (1 + exp(−x))", "g · y · (1 − y)", lambda x, y: y * (1 - y)),
-    ("logit", "ln(x / (1 − x))", "g / (x · (1 − x))", lambda x, y: 1 / (x * (1 - x))),
     ("abs", "|x|", "g · sign(x)", lambda x, y: x.sgn(), "at x = 0: 0", False),
     ("relu", "x if x > 0, else 0", "g if x > 0, else 0", lambda x, y: (x > 0).to(x.dtype), "at x = 0: 0"),
     ("silu", "x · σ(x)", "g · σ(x) · (1 + x · (1 − σ(x)))", lambda x, y: x.sigmoid() * (1 + x * (1 - x.sigmoid()))),
@@ -271,6 +270,20 @@ def mish(x: Tensor) -> Tensor:
     """d/dx of x · tanh(softplus(x))."""
     t = torch.log1p(x.exp()).tanh()
     return t + x * x.sigmoid() * (1 - t * t)
+
+
+@rule(
+    "logit",
+    forward="y = ln(x / (1 − x)), x within ε and 1 − ε",
+    symbols=XY | {"eps": "ε"},
+    pointwise=True,
+    self="g / (x · (1 − x)); with ε: g / (x · (1 − x)) if ε ≤ x ≤ 1 − ε, else 0",
+    kink="at ε and 1 − ε: g / (x · (1 − x))",
+)
+def logit(c: Call, g: Tensor):
+    x, eps = c["self"], c["eps"]
+    slope = 1 / (x * (1 - x))
+    return {"self": g * (slope if eps is None else torch.where((x >= eps) & (x <= 1 - eps), slope, 0.0))}
 
 
 # -- choices -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One run of an operation. `inputs`: tensors by argument name (`self`, `other`, `mat1`; members of a list argument
@@ -25,6 +29,7 @@ class Call:
     inputs: dict[str, Tensor]
     attributes: dict[str, Any]
     outputs: tuple[Tensor, ...]
+    rounded: Callable[[Tensor], Tensor] = _as_it_is  # laid on what a row subtracts, which the operation rounds first
 
     def __getitem__(self, name: str) -> Any:
         """The argument of this name: a tensor, a number, None."""
@@ -134,10 +139,6 @@ def find_key(name: str) -> str | None:
             if key in RULES:
                 return key
     return None
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def fitted(gradient: Tensor, like: Tensor) -> Tensor:

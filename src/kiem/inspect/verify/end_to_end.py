@@ -14,7 +14,7 @@ from kiem.inspect.verify.directions import without_padding
 from kiem.inspect.verify.judge import NOISE, REPEATS, InputVerdict, Noise, Random, inner, judge, usual_size
 from kiem.inspect.verify.numeric import derivative
 from kiem.inspect.verify.operation import surrogate
-from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, leading_to, widen
+from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, changes_what_has_a_gradient, leading_to, widen
 
 SECONDS = 20.0  # for numeric derivatives of single leaves; all of them together are always differentiated
 
@@ -41,7 +41,10 @@ class _Whole:
     def __init__(self, graph, call, recorded, leaves, roots, start):
         self.graph, self.call, self.got, self.recorded = graph, call, leaves, recorded
         # What ran under no_grad is a constant.
-        ran = (op for op in graph.ops_between(start, call.after_op) if op.grad_enabled or op.parent is not None)
+        ran = (
+            op for op in graph.ops_between(start, call.after_op)
+            if op.grad_enabled or op.parent is not None or changes_what_has_a_gradient(graph, op)
+        )  # fmt: skip
         self.ops = leading_to(graph, ran, call.roots)
         families = {op.parent for op in self.ops}
         for op in self.ops:
@@ -93,7 +96,8 @@ class _Whole:
         for value, output in zip(self.call.roots, outputs, strict=True):
             stats = self.graph.value(value).stats
             norm = float(torch.linalg.vector_norm(output))
-            if not abs(norm - stats.norm) <= self.unit * (1e4 + len(self.ops)) * max(norm, stats.norm):
+            least = torch.finfo(self.graph.value(value).dtype).tiny * output.numel()  # below it all is zero
+            if not abs(norm - stats.norm) <= self.unit * (1e4 + len(self.ops)) * max(norm, stats.norm) + least:
                 raise CannotReplay(f"run again in float64 the loss is {norm:.6g}, in the program {stats.norm:.6g}")
 
     def _sides(self, leaf: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,8 +112,11 @@ class _Whole:
             for leaf, x in self.leaves.items()
         }
         with torch.enable_grad():
+            roots = [(y, c) for y, c in zip(self.value(moves, noise), self.cotangents, strict=True) if y.requires_grad]
+            if not roots:
+                return {leaf: torch.zeros_like(x) for leaf, x in self.leaves.items()}
             grads = torch.autograd.grad(
-                self.value(moves, noise), list(moves.values()), self.cotangents, allow_unused=True
+                [y for y, _ in roots], list(moves.values()), [c for _, c in roots], allow_unused=True
             )
         return {
             leaf: torch.zeros_like(x) if g is None else at_elements(g, x)
@@ -150,7 +157,8 @@ class _Whole:
             name = self.graph.title(leaf)
             result = InputVerdict(name, leaf, "ok", value.dtype, shape=value.shape, reference="end to end, in float64")
             sums = 4 * terms**0.5  # in the type itself; where sums are kept in a finer one, what all operations round
-            result.bound = 8 + min(sums, 2 * len(self.ops) ** 0.5 + sums * min(self.unit, 2.0**-23) / self.unit)
+            unit = max(self.unit, torch.finfo(value.dtype).eps)  # the leaf may be coarser than all that is made of it
+            result.bound = 8 + min(sums, 2 * len(self.ops) ** 0.5 + sums * min(unit, 2.0**-23) / unit)
             moved = squares[leaf].sqrt()
             single = time.perf_counter() - began < SECONDS
             number = self.numeric({leaf: directions[leaf]}) if single else joint
@@ -163,7 +171,7 @@ class _Whole:
                 at_elements(widen(self.got[leaf]), self.recorded[first]),
                 reference[leaf],
                 moved,
-                self.unit,
+                unit,
                 along,
                 number,
                 lambda there, leaf=leaf: self.numeric({leaf: there}),

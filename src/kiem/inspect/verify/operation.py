@@ -22,6 +22,7 @@ from kiem.inspect.graph.model import BackwardCall, Graph, Op, Step
 from kiem.inspect.verify.directions import direction, structured
 from kiem.inspect.verify.judge import NOISE, REPEATS, InputVerdict, Noise, Random, inner, judge
 from kiem.inspect.verify.numeric import Derivative, derivative
+from kiem.inspect.verify.precision import roundings_of_positions
 from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, flatten, leading_to, widen, with_tensors
 
 # On an accelerator these sum in the type itself, one element after the other.
@@ -283,7 +284,7 @@ class _Check:
                 outputs = [self._shake(y) for y in outputs]
             if noise and len(inputs) < len(arguments):  # one tensor is two arguments, each rounded by itself: x / x
                 arguments = {n: self._shake(x) for n, x in arguments.items()}
-            by_name = self.rule.vjp(rules.Call(arguments, self.op.attributes, tuple(outputs)), tuple(cotangents))
+            by_name = self.rule.vjp(self._call(arguments, outputs, noise), tuple(cotangents))
         found: dict[int, Tensor] = {}
         for name, value in self.op.inputs:
             if value in self.got and by_name.get(name) is not None:
@@ -293,6 +294,10 @@ class _Check:
                 found[value] = found[value] + grad if value in found else grad
         return {v: found.get(v, torch.zeros_like(self.inputs[v])) for v in self.got}
 
+    def _call(self, arguments: dict[str, Tensor], outputs: list[Tensor], noise: bool) -> rules.Call:
+        rounded = {"rounded": self._shake} if noise else {}
+        return rules.Call(arguments, self.op.attributes, tuple(outputs), **rounded)
+
     def _shake(self, tensor: Tensor) -> Tensor:
         if not differentiable(tensor):
             return tensor
@@ -300,8 +305,8 @@ class _Check:
 
     def _only_moves(self) -> bool:
         """A view that shows no element twice: elements are moved, nothing is computed, nothing rounded."""
-        if self.op.kind != "op" or self.op.mutates or self.op.random:
-            return False
+        if self.op.kind != "op" or self.op.mutates or self.op.random or self.op.label == "as_strided":
+            return False  # as_strided may show memory that no input has
         value = self.graph.value
         return all((b := value(v).base) is not None and value(v).numel <= value(b).numel for v in self.op.outputs)
 
@@ -349,7 +354,8 @@ class _Check:
         accumulated = min(unit, 2.0**-23) / unit
         if self.op.label.rstrip("_") in ATOMIC and self.inputs[value].device.type != "cpu":
             accumulated = 1.0
-        return 8 + terms / 4 * accumulated
+        placed = roundings_of_positions(self.op.label, tuple(s for t in self.inputs.values() for s in t.shape[2:]))
+        return 8 + terms / 4 * accumulated + placed
 
     def _one(self, value: int, reference: Tensor | None, moved: Tensor | None) -> InputVerdict:
         result = InputVerdict(

@@ -8,6 +8,23 @@ UNITS = {"tf32": 2.0**-10, "bf16": 2.0**-8}  # of the factors of products in flo
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "addmv", "mv", "_addmm_activation", "mkldnn_linear"}
 CONVOLUTIONS = {"convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "cudnn_convolution_transpose"}
 RECURRENT = {"_cudnn_rnn", "mkldnn_rnn_layer"}
+# Of which torch's backward in float64 has a constant rounded to float32 (1/6; 1e-12).
+FLOAT32_CONSTANTS = {"hardsigmoid", "binary_cross_entropy"}
+# These place what they read by positions that they compute in the type itself (float32 for coarser ones).
+POSITIONS = ("upsample", "_upsample", "grid_sampler")
+
+
+def unit_of(label: str, dtypes: set[torch.dtype], device: str) -> float:
+    """How coarsely an operation on such types computes beyond what they say; 0: not at all."""
+    if torch.float64 in dtypes and label.rstrip("_") in FLOAT32_CONSTANTS:
+        return 2.0**-24
+    return unit_of_products(label, device) if torch.float32 in dtypes else 0.0
+
+
+def roundings_of_positions(label: str, sizes: tuple[int, ...]) -> float:
+    """Of an operation that reads between the elements of a tensor of these sizes: a position is rounded relative to
+    its own size, and that much a weight between neighbours is off."""
+    return float(max(sizes, default=0)) if label.startswith(POSITIONS) else 0.0
 
 
 def unit_of_products(label: str, device: str) -> float:

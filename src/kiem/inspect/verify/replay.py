@@ -91,6 +91,8 @@ def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tu
         kwargs = {name: value for name, value in kwargs.items() if name not in written}
     elif wide:
         func = implementation(func)
+    if op.label == "as_strided":
+        args = _with_its_memory(op, args, recorded)
     if wide and op.label == "linalg_pinv":
         kwargs = cut_at_rank(op, args[0], kwargs, recorded)
     out = func(*args, **kwargs)
@@ -103,6 +105,21 @@ def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tu
         (widen(o) if wide else o) if o.is_floating_point() or o.is_complex() else recorded.get(v, o)
         for v, o in zip(op.outputs, (o for o in outputs if isinstance(o, torch.Tensor)), strict=False)
     )
+
+
+def _with_its_memory(op: Op, args: tuple, recorded: Tensors) -> tuple:
+    """The arguments of `as_strided`, which sees memory beside the tensor that it is given: that memory too, with the
+    tensor in its place. What was never kept of it is not there."""
+    x, size, stride, offset, *_ = *args, None
+    had = recorded[op.inputs[0][1]]
+    place = tuple(had.shape), had.stride(), had.storage_offset()
+    offset = place[2] if offset is None else offset
+    memory = had.new_empty(0).set_(had.untyped_storage())
+    if memory.numel() == had.numel() or had.numel() == 0:
+        return args
+    memory = memory.to(x.dtype).clone()
+    memory.as_strided(*place).copy_(x)
+    return memory, size, stride, offset
 
 
 def _with_statistics(op: Op, args: tuple, recorded: Tensors) -> tuple:
@@ -149,6 +166,8 @@ def _random(op: Op, tensors: Tensors, recorded: Tensors) -> tuple[torch.Tensor |
         return tensors[dict(op.inputs)["input"]] * kept.double() * scale, kept
     if (op.edges or op.parent is not None) and op.label in ("_standard_gamma", "_sample_dirichlet"):
         raise CannotReplay("its gradient goes through the sample, which is not drawn again")
+    if op.label == "rrelu_with_noise":
+        return (tensors[dict(op.inputs)["self"]] * _slope(op, tensors, recorded),)
     missing = [v for v in op.outputs if v not in recorded]
     if missing or any(part in op.label for part in ("dropout", "rrelu", "scaled_dot_product", "_rnn")):
         raise CannotReplay("it is random and gives no mask to run it again with")
@@ -158,6 +177,26 @@ def _random(op: Op, tensors: Tensors, recorded: Tensors) -> tuple[torch.Tensor |
             tensors[value].copy_(new)
         made = tuple(tensors[value] for value in _written(op))
     return made
+
+
+def _slope(op: Op, tensors: Tensors, recorded: Tensors) -> torch.Tensor:
+    """Of a randomized leaky ReLU, by element: in training it is what it wrote to its `noise`."""
+    x = tensors[dict(op.inputs)["self"]]
+    if not op.attributes.get("training", False):
+        middle = (op.attributes["lower"] + op.attributes["upper"]) / 2
+        return torch.where(x > 0, 1.0, middle).to(x.dtype)
+    drawn = [recorded[v] for v in op.mutates if v in recorded]
+    if not drawn:
+        raise CannotReplay("its slopes were not kept")
+    return drawn[0].to(x.dtype)
+
+
+def changes_what_has_a_gradient(graph: Graph, op: Op) -> bool:
+    """Whether an operation under no_grad changes what others made that have a gradient: its numbers count, and for the
+    gradient it is not there (the clamp of `cosine_similarity`)."""
+    written = _written(op) if op.mutates and op.kind == "op" and not op.grad_enabled and op.call is not None else ()
+    makers = (graph.value(v).producer for v in written)
+    return any(maker is not None and graph.op(maker).edges for maker in makers)
 
 
 def leading_to(graph: Graph, ops: Iterable[Op], values: Iterable[int]) -> list[Op]:
