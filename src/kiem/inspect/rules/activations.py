@@ -28,11 +28,11 @@ def gelu(c: Call, g: Tensor):
 
 @rule(
     "softplus",
-    forward="y = ln(1 + exp(β · x)) / β",
-    symbols=XY | {"beta": "β"},
+    forward="y = ln(1 + exp(β · x)) / β if β · x ≤ t, else x",
+    symbols=XY | {"beta": "β", "threshold": "t"},
     pointwise=True,
-    self="g · σ(β · x)",
-    kink="g where β · x passes the threshold, from which y = x",
+    self="g · σ(β · x) if β · x ≤ t, else g",
+    kink="where β · x = t",
 )
 def softplus(c: Call, g: Tensor):
     z = c["self"] * c.get("beta", 1)
@@ -72,18 +72,27 @@ def prelu(c: Call, g: Tensor):
 
 @rule(
     "elu",
-    "celu",
-    forward="y = x if x > 0, else α · (exp(x) − 1)",
-    symbols=XY | {"alpha": "α"},
+    forward="y = λ · x if x > 0, else λ · α · (exp(κ · x) − 1)",
+    symbols=XY | {"alpha": "α", "scale": "λ", "input_scale": "κ"},
     pointwise=True,
-    self="g if x > 0, else g · α · exp(x)",
-    kink="elu with α ≠ 1, at x = 0: α",
+    self="λ · g if x > 0, else λ · g · α · κ · exp(κ · x)",
+    kink="with α ≠ 1, at x = 0: α",
 )
 def elu(c: Call, g: Tensor):
-    """elu has an outer and an inner scale (selu); celu's inner scale is 1 / α."""
-    x, alpha, scale = c["self"], c.get("alpha", 1), c.get("scale", 1)
-    inner = c["input_scale"] if c["input_scale"] is not None else 1 / alpha
+    x, alpha, scale, inner = c["self"], c.get("alpha", 1), c.get("scale", 1), c.get("input_scale", 1)
     return {"self": g * torch.where(x > 0, scale, scale * alpha * inner * (x * inner).exp())}
+
+
+@rule(
+    "celu",
+    forward="y = x if x > 0, else α · (exp(x / α) − 1)",
+    symbols=XY | {"alpha": "α"},
+    pointwise=True,
+    self="g if x > 0, else g · exp(x / α)",
+)
+def celu(c: Call, g: Tensor):
+    x, alpha = c["self"], c.get("alpha", 1)
+    return {"self": torch.where(x > 0, g, g * (x / alpha).exp())}
 
 
 @rule(

@@ -55,8 +55,10 @@ def attention(c: Call, g: Tensor):
     }
 
 
-SYMBOLS = {"query": "Q", "key": "K", "value": "V", "scale": "s", "0": "Y"}
-DERIVATIVES = {"query": "s · X̄ K, X̄ = P · (G Vᵀ − Σ G · Y)", "key": "s · X̄ᵀ Q", "value": "Pᵀ G"}
+# s is `scale`, or 1 / √K where none is given: no factor to leave out.
+SYMBOLS = {"query": "Q", "key": "K", "value": "V", "0": "Y"}
+SCORES = "P · (G Vᵀ − Σ G · Y)"
+DERIVATIVES = {"query": f"s · X̄ K, X̄ = {SCORES}", "key": f"s · X̄ᵀ Q, X̄ = {SCORES}", "value": "Pᵀ G"}
 for mask, names in (
     ("attn_mask", ["_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math",
                    "scaled_dot_product_attention"]),
@@ -68,7 +70,7 @@ for mask, names in (
         forward="Y = P V, P = softmax(s · Q Kᵀ + M)",
         symbols=SYMBOLS | {mask: "M"},
         **DERIVATIVES,
-        **{mask: "X̄"},
+        **{mask: SCORES},
     )(attention)
 rule("_scaled_dot_product_flash_attention", forward="Y = P V, P = softmax(s · Q Kᵀ)", symbols=SYMBOLS, **DERIVATIVES)(
     attention

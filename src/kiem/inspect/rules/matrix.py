@@ -92,7 +92,7 @@ def addr(c: Call, g: Tensor):
     symbols={"input": "X", "weight": "W", "bias": "b", "0": "Y"},
     input="G W",
     weight="Gᵀ X",
-    bias="Σ G over rows",
+    bias="Σ G",
 )
 def linear(c: Call, g: Tensor):
     x, w = c["input"], c["weight"]

@@ -48,12 +48,12 @@ def div(c: Call, g: Tensor):
 @rule(
     "div.Tensor_mode",
     "div.Scalar_mode",
-    forward="y = a / b, rounded if so asked",
-    symbols=AB,
+    forward="y = a / b; with r: a / b rounded, r how",
+    symbols=AB | {"rounding_mode": "r"},
     pointwise=True,
     kink="rounded: constant but for jumps, so 0",
-    self="g / b, 0 if rounded",
-    other="−g · a / b², 0 if rounded",
+    self="g / b; with r: 0",
+    other="−g · a / b²; with r: 0",
 )
 def div_mode(c: Call, g: Tensor):
     return div(c, g if c["rounding_mode"] is None else torch.zeros_like(g))
@@ -234,7 +234,7 @@ for row in (
     ("cosh", "cosh(x)", "g · sinh(x)", lambda x, y: x.sinh()),
     ("tanh", "tanh(x)", "g · (1 − y²)", lambda x, y: 1 - y * y),
     ("asinh", "arsinh(x)", "g / √(x² + 1)", lambda x, y: (x * x + 1).rsqrt()),
-    ("acosh", "arcosh(x)", "g / √(x² − 1)", lambda x, y: (x - 1).rsqrt() * (x + 1).rsqrt()),
+    ("acosh", "arcosh(x)", "g / (√(x − 1) · √(x + 1))", lambda x, y: (x - 1).rsqrt() * (x + 1).rsqrt()),
     ("atanh", "artanh(x)", "g / (1 − x²)", lambda x, y: 1 / (1 - x * x)),
     ("erf", "erf(x)", "g · 2 / √π · exp(−x²)", lambda x, y: 2 / math.sqrt(math.pi) * (-x * x).exp()),
     ("erfc", "1 − erf(x)", "−g · 2 / √π · exp(−x²)", lambda x, y: -2 / math.sqrt(math.pi) * (-x * x).exp()),
@@ -295,9 +295,9 @@ def logit(c: Call, g: Tensor):
     symbols=XY | {"min": "l", "max": "h"},
     pointwise=True,
     self="g if l ≤ x ≤ h, else 0",
-    min="g if x < l, else 0",
+    min="g if x < l < h, else 0",
     max="g if x > h, else 0",
-    kink="at a bound: g for x",
+    kink="at a bound: g for x; where l > h, y = h: g for h",
 )
 def clamp(c: Call, g: Tensor):
     x, zero = c["self"], torch.zeros_like(g)

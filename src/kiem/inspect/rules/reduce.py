@@ -42,12 +42,12 @@ def shared(t: Tensor, c: Call, y: Tensor) -> Tensor:
     return t * chosen / (chosen.sum(axes(c), keepdim=True) if chosen.ndim else chosen)
 
 
-@rule("sum", forward="y = Σ x", symbols=XY, self="g, to each element")
+@rule("sum", forward="y = Σ x", symbols=XY, self="g")
 def total(c: Call, g: Tensor):
     return {"self": full(spread(g, c), c)}
 
 
-@rule("mean", forward="y = Σ x / n", symbols=XY, self="g / n, to each element")
+@rule("mean", forward="y = Σ x / n", symbols=XY, self="g / n")
 def mean(c: Call, g: Tensor):
     return {"self": full(spread(g, c), c) / count(c)}
 
@@ -122,16 +122,17 @@ def centred(c: Call) -> Tensor:
     return c["self"] - c["self"].mean(axes(c), keepdim=True) if c["self"].ndim else c["self"] * 0
 
 
-@rule("var", forward="y = Σ (x − x̄)² / (n − 1)", symbols=XY, self="g · 2 · (x − x̄) / (n − 1)", holomorphic=False)
+# The k of the formulas is the correction, 1 unless the call says otherwise.
+@rule("var", forward="y = Σ (x − x̄)² / (n − k)", symbols=XY, self="g · 2 · (x − x̄) / (n − k)", holomorphic=False)
 def var(c: Call, g: Tensor):
     return {"self": spread(g, c) * 2 * centred(c) / (count(c) - correction(c))}
 
 
 @rule(
     "std",
-    forward="y = √(Σ (x − x̄)² / (n − 1))",
+    forward="y = √(Σ (x − x̄)² / (n − k))",
     symbols=XY,
-    self="g · (x − x̄) / (y · (n − 1))",
+    self="g · (x − x̄) / (y · (n − k))",
     kink="y = 0: 0",
     holomorphic=False,
 )
@@ -146,7 +147,7 @@ def std(c: Call, g: Tensor):
     symbols=XY,
     every=True,
     holomorphic=False,
-    self="g₀ · 2 · (x − x̄) / (n − 1) + g₁ / n",
+    self="g₀ · 2 · (x − x̄) / (n − k) + g₁ / n",
 )
 def var_mean(c: Call, gradients: tuple):
     return {"self": _with_mean(c, var, gradients)}
@@ -158,7 +159,7 @@ def var_mean(c: Call, gradients: tuple):
     symbols=XY,
     every=True,
     holomorphic=False,
-    self="g₀ · (x − x̄) / (y₀ · (n − 1)) + g₁ / n",
+    self="g₀ · (x − x̄) / (y₀ · (n − k)) + g₁ / n",
 )
 def std_mean(c: Call, gradients: tuple):
     return {"self": _with_mean(c, std, gradients)}
@@ -231,7 +232,7 @@ def logcumsumexp(c: Call, g: Tensor):
     forward="y = (Σ |x|^p)^(1/p)",
     symbols=XY,
     self="g · x · |x|^(p − 2) / y^(p − 1)",
-    kink="at y = 0: 0; p = ∞: equal parts of g to the largest |x|",
+    kink="at y = 0: 0; p = 0: 0; p = ∞: equal parts of g to the largest |x|",
     holomorphic=False,
 )
 def norm(c: Call, g: Tensor):
