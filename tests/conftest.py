@@ -30,10 +30,10 @@ def _torch_as_it_starts():
 def _what_cannot_be_recorded_fails(monkeypatch, request):
     """A program goes on when recording fails, a test does not."""
     if "torch" in sys.modules and "lenient" not in request.keywords:
-        from kiem.inspect.record.recorder import Recorder
+        from kiem.inspect.record.state import RecordState
 
         def failed(self, what, where, error):
             raise error
 
-        monkeypatch.setattr(Recorder, "failed", failed)
+        monkeypatch.setattr(RecordState, "failed", failed)
     yield

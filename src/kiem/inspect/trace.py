@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from kiem.errors import ConfigError
 from kiem.inspect.explain import silent
-from kiem.inspect.record.recorder import KEEP_BYTES, CompiledRecorder, Recorder
+from kiem.inspect.record.recorder import CompiledRecorder, Recorder
+from kiem.inspect.record.state import KEEP_BYTES
 from kiem.inspect.verify.verifier import Gap, Result, Verifier, verify_recorded
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Trace:
     def verify(self) -> Verification:
         """Hold every gradient against mathematics. Raises ConfigError if the program was too large to keep."""
         with self._recorder.pause():
-            result = self._verifier.ended() if self._verifier else verify_recorded(self._recorder)
+            result = self._verifier.ended() if self._verifier else verify_recorded(self._recorder.state)
             result.notes += [note for note in self.graph.notes if note not in result.notes]
             if self.graph.failure is not None and all(gap.kind != "program" for gap in result.gaps):
                 result.gaps.append(Gap("program", f"The program failed: {self.graph.failure.kind}"))

@@ -222,9 +222,7 @@ def test_what_backward_keeps():
         s.backward()
 
     graph = recorded(program)[0].graph
-    saved = {
-        op.label: {graph.title(v.index) for v in graph.values if op.index in v.saved_by} for op in graph.ops if op.node
-    }
+    saved = {op.label: set(map(graph.title, op.saved)) for op in graph.ops if op.node}
     assert saved["sigmoid"] == {"y"} and saved["mul"] == {"x", "w"}
     assert saved["add"] == set() and saved["sum"] == set()
     assert totals(graph)["saved_bytes"] == 40  # y; x and w are leaves
@@ -302,7 +300,7 @@ def test_a_custom_function_is_one_operation_with_its_inside():
     assert [n for n, _ in split.inputs] == ["x", "y"] and len(split.outputs) == 2
     assert scaled.attributes == {"factor": 4.0} and scaled.inputs[0][0] == "x"
     assert scaled.backward_source.line == line_of("backward of Scaled")
-    assert {graph.title(v.index) for v in graph.values if split.index in v.saved_by} == {"x", "y"}
+    assert set(map(graph.title, split.saved)) == {"x", "y"}
     own = [s.op for s in graph.backwards[0].steps if s.node.startswith(("Scaled", "Split"))]
     assert own == [scaled.index, split.index]
     assert grad.tolist() == [12.0] * 3
@@ -416,10 +414,16 @@ def test_steps_that_repeat_are_kept_once_and_counted():
     assert len(graph.ops) == len(few.ops) and len(graph.values) == len(few.values)
     (repeat,) = graph.repeats
     assert repeat.times == 9 and len(graph.backwards) == 2  # the first has no optimizer's step before it
-    assert {op.index for op in graph.ops} == set(range(len(graph.ops)))
-    for op in graph.ops:
-        assert all(v < len(graph.values) for _, v in op.inputs) and all(v < len(graph.values) for v in op.outputs)
-    assert all(v < len(graph.values) for call in graph.backwards for v in (*call.roots, *call.leaf_grads))
+    assert [op.index for one in graph.passes for op in one.ops] == [op.index for op in graph.ops]
+    for op in graph.ops:  # nothing speaks of what was dropped
+        assert all(map(graph.value, (*(v for _, v in op.inputs), *op.outputs, *op.saved)))
+        assert op.parent is None or graph.op(op.parent)
+    for value in graph.values:
+        assert value.producer is None or graph.op(value.producer)
+        assert value.base is None or graph.value(value.base)
+    for call in graph.backwards:
+        assert all(map(graph.value, (*call.roots, *call.leaf_grads)))
+        assert all(step.op is None or graph.op(step.op) for step in call.steps)
 
 
 def test_steps_that_differ_are_all_kept():
@@ -580,7 +584,7 @@ def test_an_exception_in_the_middle_of_backward():
         y.backward()
     assert recorder.graph.failure.kind == "ValueError" and recorder.graph.failure.message == "no way back"
     assert recorder.graph.failure.source.line == line_of("raised in backward")
-    assert not recorder.backward.running and all(not getattr(n, "_backward_hooks", None) for n in nodes)
+    assert not recorder.state.running and all(not getattr(n, "_backward_hooks", None) for n in nodes)
     with Recorder() as again:
         (x * 3).sum().backward()
     assert x.grad.tolist() == [3.0, 3.0] and len(again.graph.backwards) == 1
@@ -646,7 +650,7 @@ def test_what_a_recording_holds_ends_with_it():
         program()
         gc.collect()
         assert kept[0]() is None  # nothing is kept for a verification
-    assert not recorder.kept.tensors
+    assert not recorder.state.kept.tensors
 
 
 def test_a_recording_in_a_recording():
@@ -683,7 +687,7 @@ def test_another_thread_is_not_disturbed():
         thread.join()
     assert results and all(r == [12.0] * 3 for r in results)
     assert "Scaled" not in {op.name for op in recorder.graph.ops}
-    assert {op.source.line for op in recorder.graph.ops} and not recorder.local.parents
+    assert {op.source.line for op in recorder.graph.ops} and not recorder.state.local.parents
 
 
 # -- unusual tensors ---------------------------------------------------------------------------------------------------

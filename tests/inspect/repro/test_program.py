@@ -26,10 +26,10 @@ class Evidence(Verifier):
 
     wrong = None
 
-    def node_ran(self, recorder, step, op, node, into, out):
-        super().node_ran(recorder, step, op, node, into, out)
+    def node_ran(self, state, step, op, node, into, out):
+        super().node_ran(state, step, op, node, into, out)
         if self.wrong is None and self.result.wrong:
-            inputs = {v: recorder.kept.tensors[v].clone() for _, v in op.inputs}
+            inputs = {v: state.kept.tensors[v].clone() for _, v in op.inputs}
             self.wrong = op, self.result.wrong[0], inputs, tuple(into)
 
 

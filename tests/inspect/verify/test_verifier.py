@@ -160,7 +160,7 @@ def test_verifying_afterwards_says_the_same_as_while_running():
     for name in ("wrong/square.py", "wrong/softmax_sum.py", "right/qwen3.py", "right/cnn.py"):
         with contextlib.redirect_stdout(io.StringIO()), Recorder() as recorder:
             runpy.run_path(str(PROGRAMS / name), run_name="__main__")
-        after = verify_recorded(recorder)
+        after = verify_recorded(recorder.state)
         _, during = verified(PROGRAMS / name)
         assert [v.verdict for v in after.verdicts] == [v.verdict for v in during.verdicts]
         assert after.ok == during.ok == name.startswith("right")

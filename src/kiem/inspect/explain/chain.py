@@ -312,7 +312,7 @@ def scalar(of: Any) -> float | None:
 
 def _why_not(graph: Graph, call: BackwardCall, leaf: int, target: tuple) -> str:
     value = graph.value(leaf)
-    made_by = [None if v.producer is None else graph.op(v.producer) for v in graph.values]
+    made_by = {v.index: None if v.producer is None else graph.op(v.producer) for v in graph.values}
     made = made_by[leaf]
     if not is_continuous(value.dtype):
         return f"it is {value.describe()}, and only floating-point tensors have derivatives"
@@ -330,7 +330,7 @@ def _why_not(graph: Graph, call: BackwardCall, leaf: int, target: tuple) -> str:
     flows = {leaf} | {v for op in before for (_, v), edge in zip(op.inputs, op.edges, strict=False) if edge == target}
     used = {str(op.source): None for op in before if flows & {v for _, v in op.inputs}}
     needed, cuts = set(call.roots), {}
-    for result in reversed(graph.values):
+    for result in reversed(list(graph.values)):
         op = made_by[result.index]
         if result.index in needed:
             needed |= {result.base, *(v for _, v in (op.inputs if op else ()))}
@@ -370,7 +370,7 @@ def is_continuous(dtype: torch.dtype) -> bool:
 
 def tensors(graph: Graph) -> list[dict[str, Any]]:
     """The table of all tensors, in plain types. `saved_by`: operations whose backward keeps it."""
-    rows = []
+    rows, saved_by = [], graph.saved_by()
     for value in graph.values:
         made = None if value.producer is None else graph.op(value.producer)
         copied = made is not None and made.label in ("clone", "_to_copy")
@@ -380,7 +380,7 @@ def tensors(graph: Graph) -> list[dict[str, Any]]:
             "view_of": None if value.base is None else graph.title(value.base), "storage": value.storage,
             "copy_of": graph.title(made.inputs[0][1]) if copied else None, "bytes": value.nbytes,
             "version": value.version, "requires_grad": value.requires_grad, "parameter": value.is_parameter,
-            "saved_by": [f"{graph.op(i).label} at {graph.op(i).source}" for i in value.saved_by],
+            "saved_by": [f"{graph.op(i).label} at {graph.op(i).source}" for i in saved_by.get(value.index, ())],
             "made_by": None if made is None else made.label, "source": None if made is None else str(made.source),
         })  # fmt: skip
     return rows

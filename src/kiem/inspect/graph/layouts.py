@@ -6,8 +6,11 @@ elements here, and its gradient is taken at them."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
@@ -50,9 +53,11 @@ def with_elements(like: Tensor, held: Tensor) -> Tensor:
     if regular(like):
         return held
     if like.layout == torch.jagged:
+        jagged: Any = like  # a NestedTensor
         return torch.nested.nested_tensor_from_jagged(
-            held, like.offsets(), like.lengths(), like._ragged_idx, like._get_min_seqlen(), like._get_max_seqlen()
-        )
+            held, jagged.offsets(), jagged.lengths(), jagged._ragged_idx, jagged._get_min_seqlen(),
+            jagged._get_max_seqlen(),
+        )  # fmt: skip
     if like.layout == torch.sparse_coo:
         known = like.detach().coalesce()
         return torch.sparse_coo_tensor(
@@ -107,21 +112,47 @@ def written_out(tensor: Tensor) -> Tensor:
     return tensor if regular(tensor) else tensor.to_dense()
 
 
-def readable(tensor: Tensor) -> Tensor | None:
-    """The elements, strided and without a graph; None if there are none to look at (meta, fake, inside of vmap)."""
+def unwrapped(tensor: Tensor) -> Tensor:
+    """What the wrappers of torch.func hold: one tensor with all batch dimensions of vmap."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
-        if not functorch.is_gradtrackingtensor(tensor):
-            return None
         tensor = functorch.get_unwrapped(tensor)
-    if functorch.is_legacy_batchedtensor(tensor) or tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
+    return tensor
+
+
+def outside_transforms() -> AbstractContextManager:
+    """Within it, transforms of torch.func that are under way do not see what is computed."""
+    active = torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._DisableFuncTorch() if active else nullcontext()
+
+
+def filled(tensor: Tensor) -> Tensor:
+    """A tensor with memory: autograd's tangents that are zero have none, and some kernels read it all the same."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if tensor._is_zerotensor() else tensor
+
+
+def readable(tensor: Tensor) -> Tensor | None:
+    """The elements, strided and without a graph, of a tensor that is `unwrapped`; None if there are none to look at
+    (meta, fake, functional, memory that was given back)."""
+    tensor = filled(tensor)
+    wrapped = torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._is_functional_tensor(tensor)
+    if wrapped or tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
         return None
     if is_lazy(tensor) or (tensor.is_nested and tensor.layout == torch.strided):
         return None
     values = elements(tensor.detach())
+    if not _has_memory(values):
+        return None
     if values.device.type in WITHOUT_FLOAT64:
         values = values.cpu()
     return values.dequantize() if values.is_quantized else values
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether the memory of a strided tensor holds all its elements (FSDP gives that of its weights back)."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return True  # a class of its own knows what it holds
+    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() > int(tensor.storage_offset()) * tensor.itemsize
 
 
 def sums_modulo(tensor: Tensor, modulus: int) -> Tensor:

@@ -1,25 +1,22 @@
 """The graph of what ran: operations, tensors, backward calls. explain, verify and the page read nothing else.
 
-A `Value` is one tensor at one version of its memory: an operation that changes memory in place makes new values. A
-`Storage` is the memory that values share. An `Op` is one operation below autograd (`aten.mul.Tensor`), which is what
-an autograd node differentiates, or one call of a custom `autograd.Function`. A `BackwardCall` is one run of the
-engine: its steps are the autograd nodes in the order in which they ran, each with the gradients that came in and went
-out."""
+A graph is a list of passes: a forward and the backward call that ends it, each owning its operations, values and
+backward calls. Ids (`index`) are given once and never again: to fold a loop is to drop passes. A `Value` is one tensor
+at one version of its memory: an operation that changes memory in place makes new values. A `Storage` is the memory that
+values share. An `Op` is one operation below autograd (`aten.mul.Tensor`), which is what an autograd node
+differentiates, or one call of a custom `autograd.Function`. A `BackwardCall` is one run of the engine: its steps are
+the autograd nodes in the order in which they ran, each with the gradients that came in and went out."""
 
 from __future__ import annotations
 
-import contextlib
+import bisect
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, ValuesView
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
-
-from kiem.inspect.graph.layouts import readable, regular, shape_of, sums_modulo, written_out
-
-SMALL = 64  # a tensor of at most so many elements is kept whole, of a larger one only its statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +70,6 @@ class Value:
     output: int = 0  # which output of the producer
     output_nr: int | None = None  # which gradient of the producer's node is its own; None: none was sent to it
     base: int | None = None  # the value it is a view of
-    saved_by: list[int] = field(default_factory=list)  # ops whose backward keeps it
     stats: Stats | None = None
     data: Any = None  # nested lists when small
     hooks: tuple[str, ...] = ()  # where the tensor's hooks are defined, FILE:LINE
@@ -127,6 +123,8 @@ class Op:
     error: str = ""  # it raised this
     backward_source: Source | None = None  # of a custom Function: where its backward is defined
     call: tuple[Any, tuple, dict] | None = None  # the callable and its arguments, tensors as Ref
+    saved: tuple[int, ...] = ()  # values that it saved for backward
+    end: int | None = None  # of a custom Function: the id that the next operation had when it returned
 
     @property
     def label(self) -> str:
@@ -203,61 +201,159 @@ class Failure:
     explanation: str = ""
 
 
-@dataclass
-class Graph:
+@dataclass(slots=True)
+class Pass:
+    """Everything up to the end of an outermost backward call, in order: a forward, that call, and those inside it.
+    `first_op`: the id of its first operation; the others follow without gaps."""
+
+    first_op: int = 0
     ops: list[Op] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
-    storages: dict[int, Storage] = field(default_factory=dict)  # by index
     backwards: list[BackwardCall] = field(default_factory=list)
-    repeats: list[Repeat] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    failure: Failure | None = None
+
+    def sizes(self) -> tuple[int, int, int]:
+        """How many operations, values and backward calls."""
+        return len(self.ops), len(self.values), len(self.backwards)
+
+    def signature(self) -> int:
+        """The same number for passes that did the same operations at the same lines."""
+        return hash(tuple((op.name, op.source, op.module, op.region, len(op.outputs)) for op in self.ops))
+
+    def shapes(self) -> int:
+        """The same number for passes whose gradients flow through the same shapes and types."""
+        return hash(tuple((v.shape, v.dtype) for v in self.values if v.requires_grad))
+
+
+@dataclass(slots=True)
+class Dropped:
+    """Ids of what left the graph, each with that of its twin in the passes that stay; None: it has none."""
+
+    ops: dict[int, int | None]
+    values: dict[int, int | None]
+    backwards: dict[int, int | None]
+
+    def value(self, id: int) -> int:
+        """The value that stands for this one now: its twin, or itself."""
+        twin = self.values.get(id)
+        return id if twin is None else twin
+
+    def backward(self, id: int) -> int:
+        """The backward call that stands for this one now: its twin, or itself."""
+        twin = self.backwards.get(id)
+        return id if twin is None else twin
+
+
+class Graph:
+    """`passes`: the last one is under way. `storages`: by index."""
+
+    def __init__(self) -> None:
+        self.passes: list[Pass] = [Pass()]
+        self.storages: dict[int, Storage] = {}
+        self.repeats: list[Repeat] = []
+        self.notes: list[str] = []
+        self.failure: Failure | None = None
+        self.next_op = self.next_value = self.next_backward = 0  # ids
+        self._ops: dict[int, Op] = {}
+        self._values: dict[int, Value] = {}
+        self._backwards: dict[int, BackwardCall] = {}
+
+    @property
+    def ops(self) -> ValuesView[Op]:
+        """All operations in order."""
+        return self._ops.values()
+
+    @property
+    def values(self) -> ValuesView[Value]:
+        """All values in order."""
+        return self._values.values()
+
+    @property
+    def backwards(self) -> list[BackwardCall]:
+        """All backward calls in order."""
+        return list(self._backwards.values())
 
     def op(self, id: int) -> Op:
-        """The operation of this id (`Op.index`): an id, never a position."""
-        return self.ops[id]
+        """The operation of this id (`Op.index`): an id, never a position. Raises KeyError if it left the graph."""
+        return self._ops[id]
 
     def value(self, id: int) -> Value:
-        """The value of this id (`Value.index`): an id, never a position."""
-        return self.values[id]
+        """The value of this id (`Value.index`). Raises KeyError if it left the graph."""
+        return self._values[id]
 
     def backward(self, id: int) -> BackwardCall:
-        """The backward call of this id (`BackwardCall.index`): an id, never a position."""
-        return self.backwards[id]
+        """The backward call of this id (`BackwardCall.index`). Raises KeyError if it left the graph."""
+        return self._backwards[id]
+
+    def __contains__(self, op: int) -> bool:
+        """Whether the operation of this id is (still) in the graph."""
+        return op in self._ops
 
     def add_op(self, op: Op) -> Op:
-        """Append an operation; its id is the next one, `next_op`."""
-        self.ops.append(op)
+        """Append an operation; its id is `next_op`."""
+        self.passes[-1].ops.append(op)
+        self._ops[op.index] = op
+        self.next_op = op.index + 1
         return op
 
     def add_value(self, value: Value) -> Value:
-        """Append a value; its id is the next one, `next_value`."""
-        self.values.append(value)
+        """Append a value; its id is `next_value`."""
+        self.passes[-1].values.append(value)
+        self._values[value.index] = value
+        self.next_value = value.index + 1
         return value
 
     def add_backward(self, call: BackwardCall) -> BackwardCall:
-        """Append a backward call; its id is the next one, `next_backward`."""
-        self.backwards.append(call)
+        """Append a backward call; its id is `next_backward`."""
+        self.passes[-1].backwards.append(call)
+        self._backwards[call.index] = call
+        self.next_backward = call.index + 1
         return call
 
-    @property
-    def next_op(self) -> int:
-        """The id of the next operation."""
-        return len(self.ops)
+    def end_pass(self) -> Pass:
+        """The pass that was under way, which ends; another one begins."""
+        self.passes.append(Pass(self.next_op))
+        return self.passes[-2]
 
-    @property
-    def next_value(self) -> int:
-        """The id of the next value."""
-        return len(self.values)
-
-    @property
-    def next_backward(self) -> int:
-        """The id of the next backward call."""
-        return len(self.backwards)
+    def drop(self, passes: list[Pass], twins: list[Pass]) -> Dropped:
+        """Take passes out of the graph. `twins`: those that stay and that they repeat, of the same sizes; [] if they
+        repeat none."""
+        gone = {id(p) for p in passes}
+        self.passes = [p for p in self.passes if id(p) not in gone]
+        kinds = ("ops", "values", "backwards")
+        ops, values, calls = (dict(itertools.zip_longest(_ids(passes, k), _ids(twins, k))) for k in kinds)
+        for known, left in ((self._ops, ops), (self._values, values), (self._backwards, calls)):
+            for index in left:
+                del known[index]
+        return Dropped(ops, values, calls)
 
     def ops_between(self, first: int, until: int | None = None) -> Iterator[Op]:
         """Operations whose id is at least `first` and below `until`, in order."""
-        return iter(self.ops[first:until])
+        for number in range(max(bisect.bisect(self.passes, first, key=lambda p: p.first_op) - 1, 0), len(self.passes)):
+            one = self.passes[number]
+            for op in itertools.islice(one.ops, max(first - one.first_op, 0), None):
+                if until is not None and op.index >= until:
+                    return
+                yield op
+
+    def inside(self, op: Op) -> Iterator[Op]:
+        """The operations that ran inside a custom Function."""
+        family = {op.index}
+        for other in self.ops_between(op.index + 1, op.end):
+            if other.parent in family:
+                family.add(other.index)
+                yield other
+
+    def saved_by(self) -> dict[int, list[int]]:
+        """Of each value the operations that saved it for backward."""
+        found: dict[int, list[int]] = {}
+        for op in self.ops:
+            for value in op.saved:
+                found.setdefault(value, []).append(op.index)
+        return found
+
+    def saved_bytes(self, op: Op) -> int:
+        """Bytes that an operation saved for backward."""
+        return sum(self._values[v].nbytes for v in op.saved if v in self._values)
 
     def leaves(self) -> Iterator[Value]:
         """Values that gradients are asked for: parameters and other leaves with requires_grad."""
@@ -268,105 +364,16 @@ class Graph:
         all."""
         named = [v for v in self.values if v.name == name]
         leaves = [v for v in named if v.is_leaf and v.requires_grad] or [v for v in named if v.producer is None]
-        return (leaves or named or [None])[-1]
+        found = leaves or named
+        return found[-1] if found else None
 
     def title(self, value: int) -> str:
         """What to call a value: its name, else `%12`."""
-        return self.values[value].name or f"%{value}"
+        return self.value(value).name or f"%{value}"
 
 
-def gradient(tensor: torch.Tensor, stats: Stats) -> Gradient:
-    """The record of a gradient."""
-    return Gradient(shape_of(tensor), tensor.dtype, stats, sketch(tensor), small_data(tensor))
-
-
-def sketch(tensor: torch.Tensor) -> torch.Tensor:
-    """float64 (at most 64,): a linear digest, see `Gradient`."""
-    if not regular(tensor) and not tensor.is_nested and tensor.numel() > SMALL and not tensor.is_complex():
-        return sums_modulo(tensor, SMALL).cpu()
-    values = readable(tensor)
-    if values is None:
-        return torch.zeros(0, dtype=torch.float64)
-    if not regular(tensor) and not tensor.is_nested:
-        values = written_out(tensor.detach())
-    if values.is_complex():
-        values = torch.view_as_real(values.resolve_conj())
-    if values.numel() <= SMALL:
-        return values.reshape(-1).double().cpu()
-    kind = torch.float32 if values.dtype.itemsize < 4 else None
-    if values.dim() > 1 and values.shape[-1] >= SMALL:  # rows first, whatever the strides: no copy
-        flat = values.sum(tuple(range(values.dim() - 1)), dtype=kind)
-    else:
-        flat = values.reshape(-1)
-    whole = flat.numel() // SMALL * SMALL
-    digest = flat[:whole].view(-1, SMALL).sum(0, dtype=kind).double()
-    digest[: flat.numel() - whole] += flat[whole:].double()
-    return digest.cpu()
-
-
-def small_data(tensor: torch.Tensor) -> Any:
-    """Nested lists of the elements when they are few."""
-    values = None if is_lazy(tensor) or tensor.is_nested or tensor.numel() > SMALL else readable(tensor)
-    if values is not None and not regular(tensor):
-        values = written_out(tensor.detach())
-    with contextlib.suppress(RuntimeError):
-        return None if values is None else values.cpu().tolist()
-    return None
-
-
-def statistics(tensor: torch.Tensor) -> Stats:
-    """Statistics of any tensor with a number type; zeros for an empty one, and for one that cannot be looked at."""
-    values = readable(tensor)
-    try:
-        return Stats(0.0, 0.0, 0.0, 0.0, 0) if values is None or values.numel() == 0 else _statistics(values)
-    except RuntimeError:  # inside of functorch's transforms some have no memory: to look never ends a program
-        return Stats(0.0, 0.0, 0.0, 0.0, 0)
-
-
-def _statistics(values: torch.Tensor) -> Stats:
-    if values.is_complex():
-        values = torch.view_as_real(values.resolve_conj())
-    if not values.is_contiguous() and _dense(values):
-        values = values.as_strided((values.numel(),), (1,))  # the order does not matter, its memory does
-    if not values.is_floating_point() or values.dtype.itemsize < 4:
-        values = values.float() if values.dtype.itemsize < 8 else values.double()
-    low, high, norm, mean = _numbers(*torch.aminmax(values), _norm(values), values.mean())
-    if norm - norm == 0.0 and high - low == high - low:
-        return Stats(norm, mean, low, high, 0)
-    finite = values[torch.isfinite(values)]
-    bad = values.numel() - finite.numel()
-    if finite.numel() == 0:
-        return Stats(0.0, 0.0, 0.0, 0.0, bad)
-    norm = torch.linalg.vector_norm(finite.double()).item()
-    return Stats(norm, finite.mean().item(), finite.min().item(), finite.max().item(), bad)
-
-
-def _numbers(*scalars: torch.Tensor) -> list[float]:
-    """Their values; of those on an accelerator with one wait for it."""
-    if scalars[0].device.type == "cpu":
-        return [scalar.item() for scalar in scalars]
-    return torch.stack([scalar.double() for scalar in scalars]).tolist()
-
-
-def _norm(values: torch.Tensor) -> torch.Tensor:
-    """Euclidean; of a large tensor by parts, as torch's sum of squares in float32 is off by 0.2 % at 40M elements."""
-    if values.numel() < 1 << 16 or not values.is_contiguous():
-        return torch.linalg.vector_norm(values, dtype=torch.float64)
-    flat, part = values.reshape(-1), 4096
-    whole = flat.numel() // part * part
-    parts = torch.linalg.vector_norm(flat[:whole].view(-1, part), dim=1).double()
-    rest = torch.linalg.vector_norm(flat[whole:].double())
-    return torch.hypot(torch.linalg.vector_norm(parts), rest)
-
-
-def _dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill their memory without gaps and overlaps, in whatever order."""
-    expected = 1
-    for stride, size in sorted((st, n) for st, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+def _ids(passes: list[Pass], kind: str) -> Iterator[int]:
+    return (found.index for one in passes for found in getattr(one, kind))
 
 
 def plain(value: Any) -> Any:

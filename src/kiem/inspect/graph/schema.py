@@ -1,8 +1,9 @@
-"""What the schema of an operation says of its arguments."""
+"""What the schema of an operation says of its arguments, and the tensors among them."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,15 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
     finally:
         for key in left_out:
             _exclude(key, True)
+
+
+def flatten(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors of nested tuples and lists."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from flatten(part)
 
 
 def generator_state(tensors: list[tuple[str, torch.Tensor]], kwargs: dict) -> torch.Tensor:

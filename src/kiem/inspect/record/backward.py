@@ -6,58 +6,40 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from kiem.inspect.graph.model import BackwardCall, Gradient, Op, Step, gradient, statistics
+from kiem.inspect.graph.model import BackwardCall, Gradient, Op, Step
+from kiem.inspect.graph.stats import gradient
 from kiem.inspect.record import source
-from kiem.inspect.record.threads import LOW, MADE_BY
-
-if TYPE_CHECKING:
-    from kiem.inspect.record.recorder import Recorder
+from kiem.inspect.record.source import hook_lines
+from kiem.inspect.record.state import LOW, MADE_BY, Evidence, RecordState, compiling
+from kiem.inspect.record.values import ValueTable
 
 LEAF = "AccumulateGrad"
 
 
 class BackwardHooks:
     """Wraps torch's engine: before each call it hangs a hook on every node that can be reached, and takes them off
-    after."""
+    after. `ended`: called after an outermost call."""
 
-    def __init__(self, recorder: Recorder):
-        self._recorder = recorder
-        self._calls: list[BackwardCall] = []
-        self._gradients: dict[int, tuple[weakref.ref, int, Gradient]] = {}
+    def __init__(self, state: RecordState, table: ValueTable, ended: Callable[[], None]):
+        self._state, self._table, self._call_ended = state, table, ended
+        self._gradients: dict[int, tuple[Callable[[], Any], int, Gradient]] = {}
         self._accumulated: list[torch.Tensor] = []  # leaves whose `.grad` the call that is under way changes
-        self._left: dict[int, tuple[weakref.ref, tuple]] = {}  # what backward left in `.grad`, by parameter
-        self.evidence: list[tuple] = []  # (call, step, op, into, out): real gradients, held for a later verification
-
-    @property
-    def running(self) -> bool:
-        """Whether a backward call is under way."""
-        return bool(self._calls)
-
-    @property
-    def current(self) -> BackwardCall:
-        """The innermost call that is under way."""
-        return self._calls[-1]
-
-    @property
-    def kernels(self) -> list[str]:
-        """Operations of the node that runs now."""
-        kernels = self._recorder.local.kernels
-        return kernels[-1] if kernels else []
+        self._left: dict[int, tuple[Callable[[], Any], tuple]] = {}  # what backward left in `.grad`, by parameter
 
     def wrap_engine(self) -> Callable[[], None]:
         """Record every backward call until the returned function is called."""
         original = torch.autograd._engine_run_backward
 
         def run(t_outputs, *args, **kwargs):
-            if self._recorder.local.paused or compiling():
+            if self._state.paused or compiling():
                 return original(t_outputs, *args, **kwargs)
-            if not source.records_here(self._recorder):
-                self._recorder.note("A backward call in another thread is not recorded.")
+            if not self._state.records_here():
+                self._state.note("A backward call in another thread is not recorded.")
                 return original(t_outputs, *args, **kwargs)
             return self._run(original, t_outputs, args, kwargs)
 
@@ -79,8 +61,8 @@ class BackwardHooks:
                     if left is not None and left[0]() is parameter and left[1] != _state(parameter.grad):
                         changed += 1
             self._left.clear()
-            if changed and not self._recorder.local.paused and source.records_here(self._recorder):
-                self._recorder.note(
+            if changed and not self._state.paused and self._state.records_here():
+                self._state.note(
                     "Between a backward call and optimizer.step() gradients were changed (clipped, scaled, set): "
                     "what is explained and verified is what backward gave."
                 )
@@ -88,15 +70,16 @@ class BackwardHooks:
         return register_optimizer_step_pre_hook(before).remove
 
     def _run(self, original, t_outputs, args: tuple, kwargs: dict):
-        recorder = self._recorder
-        frame, _ = recorder.lines.find(sys._getframe(2))
+        state = self._state
+        frame, _ = state.lines.find(sys._getframe(2))
         wanted = tuple(args[3]) if len(args) > 3 and args[3] else ()
-        call, handles = None, []
-        if not self._calls:
-            for left_by_a_failure in (self._accumulated, recorder.local.kernels, recorder.local.nodes):
+        call: BackwardCall | None = None
+        handles: list[Any] = []
+        if not state.running:
+            for left_by_a_failure in (self._accumulated, state.local.kernels, state.local.nodes):
                 left_by_a_failure.clear()
-        with recorder.pause(), recorder.lock, recorder.looking("a backward call", frame):
-            recorder.table.name_locals(frame)
+        with state.lock, state.looking("a backward call", frame):
+            self._table.name_locals(frame)
             call = self._call([t for t in t_outputs if isinstance(t, torch.Tensor)], frame)
             call.partial = bool(wanted)
             call.retained = bool(args[1]) if len(args) > 1 else False
@@ -104,28 +87,28 @@ class BackwardHooks:
                 self._note_saved(node, known[1])
                 handles += self._hang(call, node, *known)
         if call is not None:
-            self._calls.append(call)
-        local = recorder.local
+            state.calls.append(call)
+        local = state.local
         floor, local.floor = local.floor, len(local.parents)
         try:
             result = original(t_outputs, *args, **kwargs)
         finally:
             local.floor = floor
             if call is not None:
-                self._calls.pop()
+                state.calls.pop()
             for handle in handles:
                 handle.remove()
         if call is not None:
-            with recorder.pause(), recorder.looking("what a backward call gave", frame):
+            with state.looking("what a backward call gave", frame):
                 self._ended(call, wanted, result)
         return result
 
     def _call(self, outputs: list[torch.Tensor], frame) -> BackwardCall:
-        recorder, graph = self._recorder, self._recorder.graph
-        roots = tuple(map(recorder.table.of, outputs))
-        call = BackwardCall(graph.next_backward, source.at(frame), graph.next_op, roots, nested=self.running)
+        graph = self._state.graph
+        roots = tuple(map(self._table.of, outputs))
+        call = BackwardCall(graph.next_backward, source.at(frame), graph.next_op, roots, nested=self._state.running)
         call.transformed = torch._C._are_functorch_transforms_active()
-        call.root_keys = tuple(map(recorder.table.edge, outputs, roots))
+        call.root_keys = tuple(map(self._table.edge, outputs, roots))
         graph.add_backward(call)
         return call
 
@@ -137,9 +120,9 @@ class BackwardHooks:
         for parameter in self._accumulated:
             self._left[id(parameter)] = weakref.ref(parameter), _state(parameter.grad)
         self._gradients.clear()
-        if self._recorder.observer is not None:
-            self._recorder.observer.backward_ended(self._recorder, call)
-        self._recorder.step_ended()
+        if self._state.observer is not None:
+            self._state.observer.backward_ended(self._state, call)
+        self._call_ended()
 
     def _resolve(self, nodes: list) -> dict[Any, tuple[tuple, Op | None, tuple]]:
         """Of each node its key, the operation whose derivative it is, and where its gradients go. `nodes`: those that
@@ -153,10 +136,11 @@ class BackwardHooks:
                 for following, number in node.next_functions
             )
             if node.name().endswith(LEAF):
-                found[node] = ("leaf", self._recorder.table.leaf(node.variable)), None, edges
+                found[node] = ("leaf", self._table.leaf(node.variable)), None, edges
                 continue
             number, op = node._sequence_nr(), self._op_of(node, edges, taken)
-            key = self._recorder.numbers.number(number) if op is None else op.sequence & ~LOW | number
+            thread = self._state.numbers.number(0) if op is None or op.sequence is None else op.sequence & ~LOW
+            key = thread | number
             if op is None and key in numbers:
                 key = -1 - place  # of another thread, which gave it a number of ours
             numbers.add(key)
@@ -166,84 +150,82 @@ class BackwardHooks:
     def _op_of(self, node, edges: tuple, taken: set[int]) -> Op | None:
         """The operation whose derivative a node is. One that no recorded operation has read the result of is known by
         its number, its name, and where it leads to."""
-        graph, number, name = self._recorder.graph, node._sequence_nr(), _plain_name(node.name())
+        state, number, name = self._state, node._sequence_nr(), _plain_name(node.name())
         op = node.metadata.get(MADE_BY)
-        if op is not None and not _alike(op, name):
-            op = None  # a node of torch.jit, which stands for many operations
-        for index in self._recorder.by_sequence.get(number, ()) if op is None else ():
-            known = graph.op(index)
+        if op is not None and (op.index not in state.graph or not _alike(op, name)):
+            op = None  # of a pass that left the graph; a node of torch.jit, which stands for many operations
+        for index in state.by_sequence.get(number, ()) if op is None else ():
+            known = state.graph.op(index)
             if index not in taken and _alike(known, name) and _same_ways(known.edges, edges):
                 op = known
                 break
         if op is None and name == "copyslices":
             # An operation changed a view in place; its own node, numbered just before, is inside.
-            changing = (graph.op(i) for i in self._recorder.by_sequence.get(number - 1, ()))
+            changing = (state.graph.op(i) for i in state.by_sequence.get(number - 1, ()))
             op = next((known for known in changing if known.mutates), None)
         if op is not None:
             op.node = "CopySlices" if name == "copyslices" else op.node or node.name()
         return op
 
     def _note_saved(self, node, op: Op | None) -> None:
-        recorder = self._recorder
-        if op is None or op.packed or op.kind == "compiled":
+        """What a node keeps, the first time that a backward call comes to it."""
+        if op is None or op.saved or op.packed or op.kind == "compiled":
             return
+        saved: dict[int, None] = {}
         for name in dir(node):
             if name.startswith("_saved_") or name == "saved_tensors":
                 if name.startswith("_saved_") and not hasattr(type(node), "_raw" + name):
                     continue  # a number
                 with contextlib.suppress(RuntimeError):
-                    for tensor in _tensors(getattr(node, name)):
-                        value = recorder.graph.value(recorder.table.of(tensor))
-                        if op.index not in value.saved_by:
-                            value.saved_by.append(op.index)
+                    saved |= dict.fromkeys(map(self._table.of, _tensors(getattr(node, name))))
+        op.saved = tuple(saved)
 
     def _hang(self, call: BackwardCall, node, key: tuple, op: Op | None, edges: tuple) -> tuple:
-        recorder = self._recorder
+        state, local = self._state, self._state.local
         leaf = key[1] if key[0] == "leaf" else None
         if leaf is not None:
-            recorder.graph.value(leaf).hooks = hook_lines(node.variable)
+            state.graph.value(leaf).hooks = hook_lines(node.variable)
             self._accumulated.append(node.variable)
 
         def before(_into) -> None:
-            recorder.local.kernels.append([])
-            recorder.local.nodes.append(node)
+            local.kernels.append([])
+            local.nodes.append(node)
 
         def after(out, into) -> None:
-            kernels = recorder.local.kernels.pop() if recorder.local.kernels else []
-            del recorder.local.nodes[-1:]
-            where = op.source if op else call.source
-            with recorder.pause(), torch.no_grad(), recorder.looking(f"the gradient of {node.name()}", where):
-                with recorder.lock:
-                    step = Step(
-                        op.index if op else None, node.name(), key, leaf, tuple(map(self._gradient, into)),
-                        () if leaf is not None else tuple(map(self._gradient, out)), edges, kernels,
-                    )  # fmt: skip
-                    call.steps.append(step)
-                    if leaf is not None and into[0] is not None:
-                        call.leaf_grads[leaf] = step.into[0]
-                # A check runs backward itself, maybe in the thread that waits for the lock.
-                if recorder.observer is not None:
-                    recorder.observer.node_ran(recorder, step, op, node, into, out)
-                elif recorder.kept.limit != 0:
-                    size = sum(g.numel() * g.itemsize for g in (*into, *out) if g is not None)
-                    if recorder.kept.claim(size):
-                        self.evidence.append((call, step, op, into, () if leaf is not None else out))
-                    else:
-                        self.evidence.clear()
+            kernels = local.kernels.pop() if local.kernels else []
+            del local.nodes[-1:]
+            with torch.no_grad(), state.looking(f"the gradient of {node.name()}", op.source if op else call.source):
+                self._node_ran(call, node, key, op, edges, kernels, into, () if leaf is not None else out)
 
         if leaf is not None:
             # The accumulation's own outputs are none; its hook before sees the sum that is added to `.grad`.
-            return (node.register_prehook(lambda into: (before(into), after((), into))[0]),)
+            def both(into: tuple) -> None:
+                before(into)
+                after((), into)
+
+            return (node.register_prehook(both),)
         return node.register_prehook(before), node.register_hook(after)
 
-    def _gradient(self, tensor: torch.Tensor | None) -> Gradient | None:
+    def _node_ran(self, call: BackwardCall, node, key: tuple, op: Op | None, edges: tuple, kernels, into, out) -> None:
+        state, leaf = self._state, key[1] if key[0] == "leaf" else None
+        with state.lock:
+            arrived, sent = (tuple(None if g is None else self._gradient(g) for g in some) for some in (into, out))
+            step = Step(op.index if op else None, node.name(), key, leaf, arrived, sent, edges, kernels)
+            call.steps.append(step)
+            if leaf is not None and arrived[0] is not None:
+                call.leaf_grads[leaf] = arrived[0]
+        # A check runs backward itself, maybe in the thread that waits for the lock.
+        if state.observer is not None:
+            state.observer.node_ran(state, step, op, node, into, out)
+        else:
+            state.keep_gradients(Evidence(call, step, op, into, out))
+
+    def _gradient(self, tensor: torch.Tensor) -> Gradient:
         """The record of a gradient; one that leaves a node and arrives at the next is looked at once."""
-        if tensor is None:
-            return None
         known = self._gradients.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == tensor._version:
             return known[2]
-        record = gradient(tensor, statistics(tensor))
+        record = gradient(tensor)
         self._gradients[id(tensor)] = (weakref.ref(tensor), tensor._version, record)
         return record
 
@@ -252,8 +234,8 @@ class BackwardHooks:
         if not isinstance(result, tuple):
             return
         for tensor, grad in zip(wanted, result, strict=False):
-            if isinstance(tensor, torch.Tensor) and grad is not None:
-                value = self._recorder.table.leaf(tensor) if tensor.is_leaf else self._recorder.table.of(tensor)
+            if isinstance(tensor, torch.Tensor) and isinstance(grad, torch.Tensor):
+                value = self._table.leaf(tensor) if tensor.is_leaf else self._table.of(tensor)
                 call.leaf_grads[value] = self._gradient(grad)
 
 
@@ -297,22 +279,6 @@ def _same_ways(recorded: tuple, edges: tuple) -> bool:
     """Whether a node and an operation send a gradient to the same place."""
     one, other = {e for e in recorded if e}, {e for e in edges if e}
     return not one or not other or bool(one & other)
-
-
-def compiling() -> bool:
-    """Whether torch.compile is tracing: it runs operations, and backward calls, on tensors without elements."""
-    return torch._guards.TracingContext.try_get() is not None or torch.compiler.is_compiling()
-
-
-def hook_lines(tensor: torch.Tensor) -> tuple[str, ...]:
-    """Where the functions hung on a tensor are defined."""
-    found = []
-    for hooks in (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)):
-        for hook in (hooks or {}).values():
-            code = getattr(hook, "__code__", None)
-            known = code and source.source_of(code.co_filename, code.co_firstlineno, code.co_qualname)
-            found.append(str(known) if known else repr(hook))
-    return tuple(found)
 
 
 def mark_hooks(call: BackwardCall) -> None:

@@ -4,100 +4,135 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FrameType
+from typing import Any
 
 import torch
 
 from kiem.inspect.graph.model import Op, Source
+from kiem.inspect.graph.schema import flatten
 from kiem.inspect.record import source
-from kiem.inspect.record.backward import compiling
-from kiem.inspect.verify.replay import flatten
-
-if TYPE_CHECKING:
-    from kiem.inspect.record.recorder import Recorder
+from kiem.inspect.record.source import ModulePaths
+from kiem.inspect.record.state import RecordState, compiling
+from kiem.inspect.record.values import ValueTable
 
 
-def wrap_functions(recorder: Recorder) -> Callable[[], None]:
-    """Record every `Function.apply` until the returned function is called."""
-    original = torch.autograd.Function.__dict__["apply"]
+class FunctionCalls:
+    """Records every call of a custom Function. `Function.apply` itself is left alone, as a program may have taken it
+    (`square = Square.apply`) before recording began; what it calls is wrapped."""
 
-    def apply(cls, *args, **kwargs):
-        elsewhere = recorder.local.paused or compiling() or not source.records_here(recorder)
-        if elsewhere or torch._C._are_functorch_transforms_active():
-            return original.__func__(cls, *args, **kwargs)
-        return _recorded(recorder, cls, original.__func__, args, kwargs)
+    def __init__(self, state: RecordState, table: ValueTable, modules: ModulePaths):
+        self._state, self._table, self._modules = state, table, modules
 
-    torch.autograd.Function.apply = classmethod(apply)
+    def wrap(self) -> Callable[[], None]:
+        """Record calls until the returned function is called."""
+        below: Any = torch.autograd.function._SingleLevelFunction
+        before = below.__dict__.get("apply")  # of a recorder around this one
 
-    def undo() -> None:
-        torch.autograd.Function.apply = original
+        def apply(cls, *args, **kwargs):
+            plain = before.__func__ if before is not None else _call
+            elsewhere = self._state.paused or compiling() or not self._state.records_here()
+            if elsewhere or torch._C._are_functorch_transforms_active():
+                return plain(cls, *args, **kwargs)
+            return self._recorded(cls, plain, args, kwargs)
 
-    return undo
+        below.apply = classmethod(apply)
 
+        def undo() -> None:
+            if before is None:
+                del below.apply
+            else:
+                below.apply = before
 
-def _recorded(recorder: Recorder, cls, apply, args: tuple, kwargs: dict):
-    frame, region = recorder.lines.find(sys._getframe(2))
-    op, tensors = None, []
-    with recorder.pause(), recorder.lock, recorder.looking(cls.__name__, frame):
-        recorder.table.name_locals(frame)
-        op, tensors = _operation(recorder, cls, args, kwargs, frame, region)
-        recorder.graph.add_op(op)
-        versions = [recorder.table.storage_of(t).version for t in tensors]
-    if op is None:
-        return apply(cls, *args, **kwargs)
-    recorder.local.parents.append(op.index)
-    try:
-        out = apply(cls, *args, **kwargs)
-    except Exception as error:
-        op.error = str(error)
-        raise
-    finally:
-        recorder.local.parents.pop()
-    with recorder.pause(), recorder.lock, recorder.looking(cls.__name__, frame):
-        changed = [
-            v
-            for t, (_, v), n in zip(tensors, op.inputs, versions, strict=True)
-            if recorder.table.storage_of(t).version != n
-        ]
-        op.mutates = tuple(changed)
-        op.outputs = tuple(_outputs(recorder, op, out))
+        return undo
+
+    def _recorded(self, cls, apply, args: tuple, kwargs: dict):
+        state, table = self._state, self._table
+        frame, region = state.lines.find(sys._getframe(2))
+        op: Op | None = None
+        tensors: list[torch.Tensor] = []
+        with state.lock, state.looking(cls.__name__, frame):
+            table.name_locals(frame)
+            op, tensors = self._operation(cls, args, kwargs, frame, region)
+            state.graph.add_op(op)
+            versions = [table.storage_of(t).version for t in tensors]
+        if op is None:
+            return apply(cls, *args, **kwargs)
+        state.local.parents.append(op.index)
+        try:
+            out = apply(cls, *args, **kwargs)
+        except Exception as error:
+            op.error = str(error)
+            raise
+        finally:
+            state.local.parents.pop()
+            op.end = state.graph.next_op
+        if op.index not in state.graph:
+            return out  # a backward call inside it ended a pass that was folded
+        with state.lock, state.looking(cls.__name__, frame):
+            known = zip(tensors, op.inputs, versions, strict=True)
+            op.mutates = tuple(v for t, (_, v), n in known if table.storage_of(t).version != n)
+            op.outputs = tuple(self._outputs(op, out))
+            self._note_node(op, out)
+        return out
+
+    def _note_node(self, op: Op, out: Any) -> None:
+        """Which node of autograd it made."""
         for tensor in flatten(out):
             if tensor.grad_fn is not None and type(tensor.grad_fn).__name__.endswith("Backward"):
                 number = tensor.grad_fn._sequence_nr()
-                op.sequence, op.node = recorder.numbers.number(number), tensor.grad_fn.name()
-                recorder.by_sequence.setdefault(number, []).insert(0, op.index)
-                break
-    return out
+                op.sequence, op.node = self._state.numbers.number(number), tensor.grad_fn.name()
+                self._state.by_sequence.setdefault(number, []).insert(0, op.index)
+                return
+
+    def _operation(
+        self, cls, args: tuple, kwargs: dict, frame: FrameType | None, region: str
+    ) -> tuple[Op, list[torch.Tensor]]:
+        """What is known of a call before it runs, and its tensors."""
+        state, table = self._state, self._table
+        # torch.compile's, and torch.cond, scan and their like, which it compiles.
+        compiled = cls.__module__.startswith(("torch._functorch", "torch._higher_order_ops"))
+        registered = _registered(cls)
+        names = [f"input{i}" for i in range(len(args))] if compiled else _argument_names(cls, registered, len(args))
+        named = [(name, a) for name, a in zip(names, args, strict=True) if isinstance(a, torch.Tensor)]
+        inputs = tuple((name, table.of(t)) for name, t in named)
+        edges = tuple(table.edge(t, v) for (_, t), (_, v) in zip(named, inputs, strict=True))
+        state.keep_inputs(named, inputs)
+        path, kind = self._modules.current
+        parent = state.parent
+        again, packed = source.saving(parent)
+        backward = registered["info"]._backward_fn if registered else cls.backward
+        op = Op(
+            index=state.graph.next_op, name=registered["op"]._schema.name if registered else cls.__name__,
+            kind="compiled" if compiled else "function", inputs=inputs, outputs=(),
+            attributes={n: a for n, a in zip(names, args, strict=True) if not isinstance(a, torch.Tensor)},
+            source=source.at(frame), module=path, module_class=kind, parent=None if parent is None else parent.index,
+            region="recomputed" if state.running else again or region, packed=packed,
+            grad_enabled=torch.is_grad_enabled(), edges=edges if torch.is_grad_enabled() and any(edges) else (),
+            backward_source=None if compiled else _defined(backward),
+            call=(cls, table.template(args), table.template(kwargs)),
+        )  # fmt: skip
+        return op, [t for _, t in named]
+
+    def _outputs(self, op: Op, out: Any) -> Iterator[int]:
+        for i, tensor in enumerate(flatten(out)):
+            inner = self._table.seen(tensor)
+            value = self._table.new(tensor, op.index, i)
+            if inner is not None:
+                made = self._state.graph.value(inner)
+                value.stats, value.data, value.base = made.stats, made.data, made.base
+            else:
+                self._table.describe(value, tensor)
+            yield value.index
 
 
-def _operation(recorder: Recorder, cls, args: tuple, kwargs: dict, frame, region: str) -> tuple[Op, list[torch.Tensor]]:
-    """What is known of a call before it runs, and its tensors."""
-    # torch.compile's, and torch.cond, scan and their like, which it compiles.
-    compiled = cls.__module__.startswith(("torch._functorch", "torch._higher_order_ops"))
-    registered = _registered(cls)
-    names = [f"input{i}" for i in range(len(args))] if compiled else _argument_names(cls, registered, len(args))
-    named = [(name, a) for name, a in zip(names, args, strict=True) if isinstance(a, torch.Tensor)]
-    inputs = tuple((name, recorder.table.of(t)) for name, t in named)
-    edges = tuple(recorder.table.edge(t, v) for (_, t), (_, v) in zip(named, inputs, strict=True))
-    recorder.keep_inputs(named, inputs)
-    path, kind = recorder.modules.current
-    parent = recorder.local.parents[-1] if recorder.local.parents else None
-    again, packed = source.saving(None if parent is None else recorder.graph.op(parent))
-    op = Op(
-        index=recorder.graph.next_op, name=registered["op"]._schema.name if registered else cls.__name__,
-        kind="compiled" if compiled else "function", inputs=inputs, outputs=(),
-        attributes={n: a for n, a in zip(names, args, strict=True) if not isinstance(a, torch.Tensor)},
-        source=source.at(frame), module=path, module_class=kind, parent=parent,
-        region="recomputed" if recorder.backward.running else again or region, packed=packed,
-        grad_enabled=torch.is_grad_enabled(), edges=edges if torch.is_grad_enabled() and any(edges) else (),
-        backward_source=None if compiled else _defined(registered["info"]._backward_fn if registered else cls.backward),
-        call=(cls, recorder.template(args), recorder.template(kwargs)),
-    )  # fmt: skip
-    return op, [t for _, t in named]
+def _call(cls, *args, **kwargs):
+    """torch's own apply, below the wrapped one."""
+    return super(torch.autograd.function._SingleLevelFunction, cls).apply(*args, **kwargs)
 
 
-def _registered(cls) -> dict[str, Any]:
+def _registered(cls) -> Mapping[str, Any]:
     """Of the Function that torch.library makes of an operation with `register_autograd`: the operation and what was
     registered; else nothing."""
     if not cls.__name__.startswith("GeneratedBackwardFor"):
@@ -106,19 +141,7 @@ def _registered(cls) -> dict[str, Any]:
     return known if {"op", "info"} <= set(known) else {}
 
 
-def _outputs(recorder: Recorder, op: Op, out):
-    for i, tensor in enumerate(flatten(out)):
-        inner = recorder.table.seen(tensor)
-        value = recorder.table.new(tensor, op.index, i)
-        if inner is not None:
-            made = recorder.graph.value(inner)
-            value.stats, value.data, value.base = made.stats, made.data, made.base
-        else:
-            recorder.table.describe(value, tensor)
-        yield value.index
-
-
-def _argument_names(cls, registered: dict[str, Any], count: int) -> list[str]:
+def _argument_names(cls, registered: Mapping[str, Any], count: int) -> list[str]:
     if registered:
         positional = [a.name for a in registered["op"]._schema.arguments if not a.kwarg_only]
         return [*positional[: count - 1], "metadata"]
@@ -142,7 +165,7 @@ def _defined(backward) -> Source | None:
     return source.source_of(code.co_filename, line + _decorators(code, line), code.co_qualname)
 
 
-def _readable(code) -> bool:
+def _readable(code: CodeType) -> bool:
     try:
         inspect.getsourcelines(code)
     except (OSError, TypeError):
@@ -150,7 +173,7 @@ def _readable(code) -> bool:
     return True
 
 
-def _decorators(code, line: int) -> int:
+def _decorators(code: CodeType, line: int) -> int:
     """Lines from the first decorator to `def`."""
     try:
         lines, _ = inspect.getsourcelines(code)

@@ -1,36 +1,32 @@
-"""Steps of a training loop that repeat are kept once and counted.
+"""Passes of a training loop that repeat are kept once and counted.
 
-A step ends with an outermost backward call. A row of up to 16 steps that did the same operations at the same lines, on
-the same shapes where gradients flow, as the row before is taken out of the graph again; a row that so repeats counts as
-one step, so that loops in loops (a log line every ten steps, two networks in turn, accumulated gradients) are found as
-well. The values that live on are those of the row that is kept."""
+A pass ends with an outermost backward call. A row of up to 16 passes that did the same operations at the same lines, on
+the same shapes where gradients flow, as the row before is dropped from the graph; a row that so repeats counts as one
+pass, so that loops in loops (a log line every ten steps, two networks in turn, accumulated gradients) are found as
+well. What lives on from a dropped pass is known by its twin in the row that is kept."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from kiem.inspect.graph.model import Repeat, Source
-
-if TYPE_CHECKING:
-    from kiem.inspect.record.recorder import Recorder
+from kiem.inspect.graph.model import Dropped, Pass, Repeat, Source
+from kiem.inspect.record.state import RecordState
+from kiem.inspect.record.values import ValueTable
 
 PERIOD = 16
-# Steps that never repeat: above so many operations in the graph, only so many are kept for each line of a backward.
+# Passes that never repeat: above so many operations in the graph, only so many are kept for each line of a backward.
 MANY_OPS, KEPT = 10_000, 8
-
-Place = tuple[int, int, int]  # operations, values and backward calls before it
 
 
 @dataclass(slots=True)
 class _Row:
-    """A step, or a row of steps that repeats (`loop`): where it begins, and what it consists of."""
+    """A pass, or a row of passes that repeats (`loop`). `repeats`: entries of the graph before it."""
 
-    start: Place
+    passes: list[Pass]
     parts: tuple
     loop: bool = False
-    repeats: int = 0  # entries of the graph before it
+    repeats: int = 0
 
     @property
     def key(self) -> tuple:
@@ -39,34 +35,21 @@ class _Row:
 
 
 class Folder:
-    """Folds after each step."""
+    """Folds after each pass."""
 
-    def __init__(self, recorder: Recorder):
-        self._recorder = recorder
+    def __init__(self, state: RecordState, table: ValueTable):
+        self._state, self._table = state, table
         self._rows: list[_Row] = []
-        self._start: Place = (0, 0, 0)
-        self._ended: Counter[Source] = Counter()  # steps that are kept, by the line of their backward
+        self._ended: Counter[Source] = Counter()  # passes that are kept, by the line of their backward
         self.dropped: Counter[Source] = Counter()
 
-    @property
-    def start(self) -> int:
-        """The first operation of the step that is under way."""
-        return self._start[0]
-
-    def sign(self) -> int:
-        """The same number for steps that did the same operations at the same lines so far."""
-        ops = self._recorder.graph.ops[self._start[0] :]
-        return hash(tuple((op.name, op.source, op.module, op.region, len(op.outputs)) for op in ops))
-
-    def step_ended(self) -> None:
-        """Fold what repeats now that a step has ended."""
-        graph, start = self._recorder.graph, self._start
-        shapes = hash(tuple((v.shape, v.dtype) for v in graph.values[start[1] :] if v.requires_grad))
-        sign = self.sign(), shapes
-        self._start = len(graph.ops), len(graph.values), len(graph.backwards)
-        row = _Row(start, (*sign, _difference(self._start, start)), repeats=len(graph.repeats))
+    def pass_ended(self) -> None:
+        """Fold what repeats now that a pass has ended."""
+        graph = self._state.graph
+        ended = graph.end_pass()
+        row = _Row([ended], (ended.signature(), ended.shapes(), ended.sizes()), repeats=len(graph.repeats))
         self._rows.append(row)
-        line = graph.backwards[-1].source
+        line = ended.backwards[-1].source
         while self._fold():
             pass
         if self._rows and self._rows[-1] is row:
@@ -82,50 +65,45 @@ class Folder:
             before = rows[-count - 1]
             known = before.loop and before.parts == last
             if known or (len(rows) >= 2 * count and tuple(row.key for row in rows[-2 * count : -count]) == last):
-                first = before if known else rows[-2 * count]
-                if self._take_out(first, rows[-count]):
-                    place = rows.index(first)
-                    rows[place:] = [_Row(first.start, last, True, first.repeats)]
+                first = rows[-count - 1 : -count] if known else rows[-2 * count : -count]
+                if self._take_out(first, rows[-count:]):
+                    kept = [one for row in first for one in row.passes]
+                    rows[-count - len(first) :] = [_Row(kept, last, True, first[0].repeats)]
                     return True
         return False
 
-    def _take_out(self, first: _Row, again: _Row) -> bool:
-        """Take the operations from `again` on out of the graph: they repeat those from `first` to there. Not if a
-        gradient flows between the two."""
-        recorder, graph = self._recorder, self._recorder.graph
-        counts = _difference(again.start, first.start)
-        if counts != _difference(self._start, again.start) or counts[0] == 0:
+    def _take_out(self, first: list[_Row], again: list[_Row]) -> bool:
+        """Drop the passes of rows that repeat those just before them. Not if a gradient flows between the two."""
+        graph = self._state.graph
+        kept, leaving = ([one for row in rows for one in row.passes] for rows in (first, again))
+        if [one.sizes() for one in kept] != [one.sizes() for one in leaving] or not any(one.ops for one in leaving):
             return False
-        made = {op.sequence for op in graph.ops[first.start[0] : again.start[0]] if op.sequence is not None}
-        if any(edge and edge[0] in made for op in graph.ops[again.start[0] :] for edge in op.edges):
+        made = {op.sequence for one in kept for op in one.ops if op.sequence is not None}
+        if any(edge and edge[0] in made for one in leaving for op in one.ops for edge in op.edges):
             return False
-        del graph.repeats[again.repeats :]
-        place = first.start[0], again.start[0] - 1
-        repeat = next((r for r in graph.repeats[first.repeats :] if (r.first, r.last) == place), None)
+        del graph.repeats[again[0].repeats :]
+        ops = [op.index for one in kept for op in one.ops]
+        place = ops[0], ops[-1]
+        repeat = next((r for r in graph.repeats[first[0].repeats :] if (r.first, r.last) == place), None)
         if repeat is None:
             graph.repeats.append(repeat := Repeat(*place, 1))
         repeat.times += 1
-        self._cut(again.start)
-        recorder.forget(again.start, counts[1])
-        if recorder.observer is not None:
-            recorder.observer.folded(again.start, counts)
+        dropped = self._leave(leaving, kept)
+        if self._state.observer is not None:
+            self._state.observer.folded(dropped)
         return True
 
-    def _cut(self, start: Place) -> None:
-        graph = self._recorder.graph
-        del graph.ops[start[0] :], graph.values[start[1] :], graph.backwards[start[2] :]
-        self._start = start
-
     def _drop(self, row: _Row, line: Source) -> None:
-        """Let go of a step that is one of many and like no other, unless something is wrong in it."""
-        recorder = self._recorder
-        if recorder.observer is not None and not recorder.observer.dropped(row.start):
+        """Let go of a pass that is one of many and like no other, unless something is wrong in it."""
+        observer = self._state.observer
+        if observer is not None and not observer.may_leave(row.passes):
             return
         self._rows.pop()
         self.dropped[line] += 1
-        self._cut(row.start)
-        recorder.forget(row.start, None)
+        self._leave(row.passes, [])
 
-
-def _difference(one: Place, other: Place) -> Place:
-    return one[0] - other[0], one[1] - other[1], one[2] - other[2]
+    def _leave(self, passes: list[Pass], twins: list[Pass]) -> Dropped:
+        dropped = self._state.graph.drop(passes, twins)
+        self._table.forget(dropped)
+        self._state.forget(dropped)
+        return dropped

@@ -9,19 +9,16 @@ import sys
 import sysconfig
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from types import FrameType
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kiem.inspect.graph.model import Op, Source
 
-_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-# Of Kiem's own code, the model's mathematics is a program like any other; the rest only carries it.
-_SHOWN = tuple(os.path.join(_OWN, room, "") for room in ("model", "ops", "optim", "train"))
-_CARRIER = os.path.join(_OWN, "grad", "program.py")
+_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # the inspector's
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _STANDARD = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
 _SITE = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
@@ -47,8 +44,6 @@ class Lines:
         if kind is None:
             if file in _REGIONS:
                 kind = _REGIONS[file]
-            elif file.startswith(_SHOWN):
-                kind = "user"
             elif file.startswith((_OWN, _TORCH, "<frozen", "<string>", "<torch", *self._library)) or (
                 file.startswith(_STANDARD) and not file.startswith(_SITE)
             ):
@@ -67,8 +62,6 @@ class Lines:
                 return frame, region
             if kind != "library":
                 region = region or kind
-            if frame.f_code.co_filename == _CARRIER:
-                return frame, region  # a model's own step: above it is only Kiem
             frame = frame.f_back
         return None, region
 
@@ -109,10 +102,15 @@ def at(frame: FrameType | None) -> Source:
     return source_of(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
 
 
-def records_here(recorder: TorchDispatchMode) -> bool:
-    """Whether the operations of this thread reach the recorder."""
-    stack = range(torch._C._len_torch_dispatch_stack())
-    return any(torch._C._get_dispatch_stack_at(i) is recorder for i in stack)
+def hook_lines(tensor: torch.Tensor) -> tuple[str, ...]:
+    """Where the functions hung on a tensor are defined."""
+    found = []
+    for hooks in (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)):
+        for hook in (hooks or {}).values():
+            code = getattr(hook, "__code__", None)
+            known = code and source_of(code.co_filename, code.co_firstlineno, code.co_qualname)
+            found.append(str(known) if known else repr(hook))
+    return tuple(found)
 
 
 def saving(parent: Op | None) -> tuple[str, bool]:
@@ -152,10 +150,10 @@ def variables(frame: FrameType) -> tuple[list[tuple[str, torch.Tensor]], list[tu
 
 def _entries(name: str, container: dict | list | tuple) -> list[tuple[str, torch.Tensor]]:
     """The tensors that a container of tensors holds, by place; of another one nothing."""
-    keyed = isinstance(container, dict)
-    if not isinstance(next(iter(container.values() if keyed else container)), torch.Tensor):
+    items: Iterable[tuple[Any, Any]] = container.items() if isinstance(container, dict) else enumerate(container)
+    first = list(islice(items, MOST_ENTRIES))
+    if not isinstance(first[0][1], torch.Tensor):
         return []
-    first = list(islice(container.items() if keyed else enumerate(container), MOST_ENTRIES))
     texts = ((f'"{k}"' if isinstance(k, str) else str(k), t) for k, t in first if isinstance(k, str | int))
     return [(f"{name}[{text}]", t) for text, t in texts if isinstance(t, torch.Tensor)]
 
@@ -181,8 +179,8 @@ def _modules_shown(frame: FrameType) -> Iterator[tuple[str, torch.nn.Module]]:
 class ModulePaths:
     """Which nn.Module is running, by its path from the outermost one, and the names of all parameters seen."""
 
-    def __init__(self, lines: Lines, recorder: TorchDispatchMode):
-        self._lines, self._recorder = lines, recorder
+    def __init__(self, lines: Lines, records_here: Callable[[], bool]):
+        self._lines, self._records_here = lines, records_here
         self._stack: list[tuple[str, str]] = []
         self._paths: dict[int, tuple[weakref.ref, str]] = {}
         self._tensors: dict[int, tuple[weakref.ref, str]] = {}
@@ -208,7 +206,7 @@ class ModulePaths:
         return self._stack[-1] if self._stack else ("", "")
 
     def _enter(self, module: torch.nn.Module, _inputs) -> None:
-        if torch.compiler.is_compiling() or not records_here(self._recorder):
+        if torch.compiler.is_compiling() or not self._records_here():
             return  # traced by torch.compile (what is compiled is one operation), or another thread's
         if not self._stack and module not in self._roots:
             self._name_root(module)
@@ -216,7 +214,7 @@ class ModulePaths:
         self._stack.append((path, type(module).__name__))
 
     def _leave(self, _module, _inputs, _output) -> None:
-        if not torch.compiler.is_compiling() and self._stack and records_here(self._recorder):
+        if not torch.compiler.is_compiling() and self._stack and self._records_here():
             self._stack.pop()
 
     def _name_root(self, module: torch.nn.Module) -> None:
@@ -242,12 +240,13 @@ class ModulePaths:
 
     def _shown(self, frame: FrameType | None) -> list[tuple[str, torch.nn.Module]]:
         """Modules that the variables of the user's frames show, innermost first, then those of the frames' files."""
-        local, files = [], {}
+        local: list[tuple[str, torch.nn.Module]] = []
+        files: dict[int, dict[str, Any]] = {}
         while frame is not None:
             if self._lines.find(frame)[0] is frame:
                 local += _modules_shown(frame)
                 files[id(frame.f_globals)] = frame.f_globals
-            elif _is_module(found := frame.f_locals.get("self")):
+            elif (found := frame.f_locals.get("self")) is not None and _is_module(found):
                 local.append(("", found))
             frame = frame.f_back
         outside = (item for members in files.values() for item in list(members.items()))

@@ -4,28 +4,26 @@ strides) and its version."""
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
 from kiem.inspect.graph.layouts import held_by, regular, shape_of
-from kiem.inspect.graph.model import Graph, Storage, Value, small_data, statistics
-from kiem.inspect.record.backward import hook_lines
-from kiem.inspect.record.source import variables
-from kiem.inspect.record.threads import LOW, MADE_BY, Numbers
-
-if TYPE_CHECKING:
-    from kiem.inspect.record.source import ModulePaths
+from kiem.inspect.graph.model import Dropped, Ref, Storage, Value
+from kiem.inspect.graph.stats import small_data, statistics
+from kiem.inspect.record.source import ModulePaths, hook_lines, variables
+from kiem.inspect.record.state import LOW, MADE_BY, RecordState
 
 
 @dataclass(slots=True)
 class _Seen:
     """A tensor object (or a place in memory) and the value that it shows at this version of its storage."""
 
-    reference: weakref.ref | None
+    reference: Callable[[], object]
     value: int
     version: int
 
@@ -33,9 +31,9 @@ class _Seen:
 class ValueTable:
     """Finds the value of a tensor, makes it if there is none, and keeps its name."""
 
-    def __init__(self, graph: Graph, modules: ModulePaths, numbers: Numbers):
-        self.graph = graph
-        self._numbers = numbers
+    def __init__(self, state: RecordState, modules: ModulePaths):
+        self.graph = state.graph
+        self._numbers = state.numbers
         self._count = 0  # of storages
         self.stale: set[int] = set()  # values that stand for those of later passes of a loop: their statistics are not
         self._modules = modules
@@ -88,10 +86,8 @@ class ValueTable:
             self.show(tensor, known.value)
             return known.value
         writer, written = self.writer.get(storage.index, (None, None))
-        if apart:  # `.data`: the same memory, from which no gradient flows
-            writer, written = None, known.value
-        elif known is not None:
-            written = known.value  # the same place before it was changed through another tensor
+        if known is not None:  # the same place before it was changed through another tensor, or
+            writer, written = None if apart else writer, known.value  # `.data`, from which no gradient flows
         value = self.new(tensor, writer, -1 if writer is not None else 0)
         value.base = written
         self.describe(value, tensor)
@@ -109,7 +105,7 @@ class ValueTable:
         held = None if strided or is_lazy(tensor) else held_by(tensor.detach())
         value = Value(
             index=self.graph.next_value, shape=shape_of(tensor), dtype=tensor.dtype, device=str(tensor.device),
-            strides=tuple(tensor.stride()) if strided else (), offset=tensor.storage_offset() if strided else 0,
+            strides=tuple(tensor.stride()) if strided else (), offset=int(tensor.storage_offset()) if strided else 0,
             storage=storage.index, version=storage.version, requires_grad=tensor.requires_grad,
             is_leaf=tensor.is_leaf and producer is None, is_parameter=isinstance(tensor, torch.nn.Parameter),
             producer=producer, output=output, layout=str(tensor.layout).removeprefix("torch."), held=held,
@@ -122,7 +118,17 @@ class ValueTable:
         """Note that a tensor shows a value now."""
         storage = self.graph.storages[self.graph.value(value).storage]
         self._objects[id(tensor)] = _Seen(weakref.ref(tensor), value, storage.version)
-        self._places[_place(tensor, storage.index)] = _Seen(None, value, storage.version)
+        self._places[_place(tensor, storage.index)] = _Seen(_nothing, value, storage.version)
+
+    def template(self, args: Any) -> Any:
+        """The arguments with Ref in place of each tensor."""
+        if isinstance(args, torch.Tensor):
+            return Ref(self.of(args))
+        if isinstance(args, list | tuple):
+            return type(args)(self.template(a) for a in args) if type(args) in (list, tuple) else args
+        if isinstance(args, dict):
+            return {k: self.template(v) for k, v in args.items()}
+        return args
 
     def edge(self, tensor: torch.Tensor, value: int) -> tuple:
         """Where autograd sends the gradient of this tensor: ("leaf", value), (number of a node, its output), or ()."""
@@ -135,15 +141,16 @@ class ValueTable:
             return ("leaf", self.leaf(tensor, value))
         made = self.graph.value(value).producer
         op = None if made is None else self.graph.op(made)
-        if op is not None and op.label == "detach":
+        if op is not None and op.call is not None and op.label == "detach":
             # Autograd took the result apart to save it and puts it back where it belongs: no gradient is cut off.
             op.name, op.call = "aten.alias.default", (torch.ops.aten.alias.default, *op.call[1:])
-        sequence, shown = tensor.grad_fn._sequence_nr(), self.graph.value(value)
+        sequence, metadata = tensor.grad_fn._sequence_nr(), cast(dict, tensor.grad_fn.metadata)
+        shown: Value | None = self.graph.value(value)
         if op is not None and op.mutates and op.sequence is not None and op.sequence & LOW == sequence + 1:
             op.sequence -= 1  # between its node and itself autograd cloned what it changes, to keep that
-        while op is not None:
+        while op is not None and shown is not None:
             if op.sequence is not None and op.sequence & LOW == sequence:
-                tensor.grad_fn.metadata[MADE_BY] = op  # whatever other threads call their nodes
+                metadata[MADE_BY] = op  # whatever other threads call their nodes
                 shown.output_nr = tensor.output_nr
                 return (op.sequence, tensor.output_nr)
             shown = None if shown.base is None else self.graph.value(shown.base)
@@ -178,28 +185,29 @@ class ValueTable:
             if value is not None and value.name is None and (not leaf or (value.is_leaf and value.requires_grad)):
                 value.name = name
 
-    def forget(self, values: int, by: int | None) -> None:
-        """Values from `values` on are now those `by` earlier, or None: unknown. What no longer lives is let go of."""
-        later = [known for known in (*self._objects.values(), *self._places.values()) if known.value >= values]
-        self.stale = {v for v in self.stale if v < values}
-        for known in later if by is not None else ():
-            known.value -= by
-            self.stale.add(known.value)
+    def forget(self, dropped: Dropped) -> None:
+        """Values that left the graph are now their twins, or unknown. What no longer lives is let go of."""
+        gone = dropped.values
+        self.stale.difference_update(gone)
+        for known in (*self._objects.values(), *self._places.values()):
+            if (twin := gone.get(known.value)) is not None:
+                known.value = twin
+                self.stale.add(twin)
         self._objects = {
-            i: known for i, known in self._objects.items() if known.reference() is not None and known.value < values
+            i: known for i, known in self._objects.items() if known.reference() is not None and known.value not in gone
         }
-        self._leaves = {
-            i: (t, v - by if by is not None and v >= values else v)
-            for i, (t, v) in self._leaves.items()
-            if t() is not None and (by is not None or v < values)
-        }
-        self.writer = {s: (None, None) if (v or 0) >= values else (o, v) for s, (o, v) in self.writer.items()}
+        leaves = ((i, t, gone.get(v, v)) for i, (t, v) in self._leaves.items() if t() is not None)
+        self._leaves = {i: (t, v) for i, t, v in leaves if v is not None}
         self._storages = {i: known for i, known in self._storages.items() if not known[0].expired()}
         living = {known[1].index for known in self._storages.values()}
-        self._places = {p: known for p, known in self._places.items() if p[0] in living and known.value < values}
-        self.writer = {s: known for s, known in self.writer.items() if s in living}
+        self._places = {p: known for p, known in self._places.items() if p[0] in living and known.value not in gone}
+        self.writer = {s: (None, None) if v in gone else (o, v) for s, (o, v) in self.writer.items() if s in living}
         used = living | {value.storage for value in self.graph.values}
         self.graph.storages = {i: storage for i, storage in self.graph.storages.items() if i in used}
+
+
+def _nothing() -> None:
+    return None
 
 
 def _place(tensor: torch.Tensor, storage: int) -> tuple:

@@ -28,9 +28,10 @@ from torch import Tensor
 from kiem.format import printable
 from kiem.inspect import rules
 from kiem.inspect.graph.layouts import can_be_written_out, elements, regular, written_out
-from kiem.inspect.graph.model import SMALL, Graph, Op
+from kiem.inspect.graph.model import Graph, Op
+from kiem.inspect.graph.stats import SMALL
 from kiem.inspect.repro.source_text import INLINE, CannotWrite, Code, assembled, exact, expression, like, registers
-from kiem.inspect.verify.operation import Verdict, inside
+from kiem.inspect.verify.operation import Verdict
 
 BUDGET = 45  # seconds
 SAID = "The gradient is wrong."
@@ -209,7 +210,7 @@ class _Case:
         wrong = next((i for i in verdict.inputs if i.verdict == "wrong"), None)
         if wrong is None:
             raise CannotWrite("no input of it has a wrong gradient")
-        self.wrong, self.family = wrong, [op, *inside(graph, op)]
+        self.wrong, self.family = wrong, [op, *graph.inside(op)]
         self.random = any(o.random for o in self.family)
         self.on_base = op.base is not None and wrong.value == op.base
         titles = dict(reversed([(v, n) for n, v in op.inputs]))

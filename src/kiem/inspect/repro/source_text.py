@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from kiem.inspect.graph.layouts import COMPRESSED, elements, held_by, regular
-from kiem.inspect.graph.model import SMALL, Ref
+from kiem.inspect.graph.model import Ref
+from kiem.inspect.graph.stats import SMALL
 
 INLINE = 64 << 10  # bytes of tensors written out
 _FOLDERS = {*(sysconfig.get_path(n) for n in ("stdlib", "purelib", "platlib")), os.path.dirname(torch.__file__)}

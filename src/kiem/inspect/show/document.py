@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def document(graph: Graph, title: str, result: Result | None = None) -> dict[str, Any]:
     """Everything of a graph, in plain types. Numbers that are not finite are texts."""
-    failure = graph.failure
+    failure, saved_by = graph.failure, graph.saved_by()
     return {
         "title": title,
         "summary": totals(graph) | {"backward_steps": sum(len(call.steps) for call in graph.backwards)},
@@ -24,7 +24,7 @@ def document(graph: Graph, title: str, result: Result | None = None) -> dict[str
         "failure": None if failure is None else {
             "kind": failure.kind, "message": failure.message, "source": _source(failure.source),
             "explanation": failure.explanation},
-        "values": [_value(v) for v in graph.values],
+        "values": [_value(v, saved_by) for v in graph.values],
         "ops": [_op(graph, op) for op in graph.ops],
         "backwards": [_backward(graph, call) for call in graph.backwards],
         "repeats": [{"first": r.first, "last": r.last, "times": r.times} for r in graph.repeats],
@@ -53,13 +53,13 @@ def _stats(stats: Stats | None) -> dict[str, Any] | None:
             "max": _number(stats.maximum), "nonfinite": stats.nonfinite}  # fmt: skip
 
 
-def _value(value: Value) -> dict[str, Any]:
+def _value(value: Value, saved_by: dict[int, list[int]]) -> dict[str, Any]:
     return {
         "id": value.index, "name": value.name, "rank": value.rank, "shape": list(value.shape),
         "dtype": str(value.dtype).removeprefix("torch."), "device": value.device, "strides": list(value.strides),
         "bytes": value.nbytes, "storage": value.storage, "version": value.version, "requires_grad": value.requires_grad,
         "leaf": value.is_leaf, "parameter": value.is_parameter, "view_of": value.base, "producer": value.producer,
-        "saved_by": value.saved_by, "stats": _stats(value.stats), "data": _number(value.data),
+        "saved_by": saved_by.get(value.index, []), "stats": _stats(value.stats), "data": _number(value.data),
         "hooks": list(value.hooks),
     }  # fmt: skip
 
@@ -81,7 +81,7 @@ def _op(graph: Graph, op: Op) -> dict[str, Any]:
         "module_class": op.module_class, "parent": op.parent, "region": op.region, "grad_enabled": op.grad_enabled,
         "random": op.random, "mutates": list(op.mutates), "node": op.node, "closed_form": row is not None,
         "forward_formula": forward, "derivatives": derivatives, "symbols": row.symbols if row else {},
-        "saved_bytes": sum(v.nbytes for v in graph.values if op.index in v.saved_by) if op.node else 0,
+        "saved_bytes": graph.saved_bytes(op) if op.node else 0,
         "error": op.error,
     }  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
@@ -23,15 +22,11 @@ def totals(graph: Graph) -> dict[str, int]:
     """Numbers of a program. `saved_bytes`: of the memory that backward keeps, each storage once, without that of
     parameters and other leaves that ask for a gradient; of the step that keeps most."""
     leaves = {v.storage: v.numel for v in graph.values if v.is_parameter or (v.is_leaf and v.requires_grad)}
-    ends = sorted({call.after_op for call in graph.backwards if not call.nested})
-    saved: dict[int, set[int]] = {}
-    for value in graph.values:
-        for op in value.saved_by if value.storage not in leaves else ():
-            saved.setdefault(bisect.bisect_right(ends, op), set()).add(value.storage)
+    saved = [{graph.value(v).storage for op in one.ops for v in op.saved} - leaves.keys() for one in graph.passes]
     return {
         "operations": len(graph.ops), "tensors": len(graph.values), "leaves": len(leaves),
         "leaf_elements": sum(leaves.values()), "backward_calls": len(graph.backwards),
-        "saved_bytes": max((sum(graph.storages[s].nbytes for s in step) for step in saved.values()), default=0),
+        "saved_bytes": max((sum(graph.storages[s].nbytes for s in step) for step in saved), default=0),
     }  # fmt: skip
 
 

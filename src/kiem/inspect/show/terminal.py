@@ -42,7 +42,8 @@ def gradient_text(gradient: Gradient) -> str:
     bad = f", {gradient.stats.nonfinite} not finite" if gradient.stats.nonfinite else ""
     if gradient.data is not None and len(values_of(gradient.data)) <= MOST_NUMBERS:
         return values_text(gradient.data)
-    return f"{shape_text(gradient.shape)} of norm {number(gradient.stats.norm)}{bad}"
+    norm = "unknown" if math.isnan(gradient.stats.norm) else number(gradient.stats.norm)
+    return f"{shape_text(gradient.shape)} of norm {norm}{bad}"
 
 
 def shape_text(shape: Any) -> str:

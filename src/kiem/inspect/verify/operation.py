@@ -19,11 +19,12 @@ from torch import Tensor
 from kiem.inspect import rules
 from kiem.inspect.graph.layouts import at_elements, can_be_written_out, elements, regular, with_elements, written_out
 from kiem.inspect.graph.model import BackwardCall, Graph, Op, Step
+from kiem.inspect.graph.schema import flatten
 from kiem.inspect.verify.directions import direction, structured
 from kiem.inspect.verify.judge import NOISE, REPEATS, InputVerdict, Noise, Random, inner, judge
 from kiem.inspect.verify.numeric import Derivative, derivative
 from kiem.inspect.verify.precision import roundings_of_positions
-from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, flatten, leading_to, widen, with_tensors
+from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, leading_to, widen, with_tensors
 
 # On an accelerator these sum in the type itself, one element after the other.
 ATOMIC = {"index_add", "scatter_add", "index_put", "gather", "index_select", "index"}
@@ -51,7 +52,7 @@ class Function:
 
     def __init__(self, graph: Graph, op: Op, recorded: Tensors, on_base: bool, wide: bool = True, called: bool = False):
         self.graph, self.op, self.recorded, self.on_base, self.called = graph, op, recorded, on_base, called
-        self.ops = [op] if op.kind == "op" else leading_to(graph, inside(graph, op), op.outputs)
+        self.ops = [op] if op.kind == "op" else leading_to(graph, graph.inside(op), op.outputs)
         self.changes = any(o.mutates for o in self.ops)
         if op.kind != "op" and not called and not self.ops:
             raise CannotReplay("nothing of its inside was recorded")
@@ -94,15 +95,6 @@ def surrogate(op: Op) -> bool:
     """Whether a custom Function says, by its attribute `surrogate_gradient = True`, that its backward is meant to be
     something else than its derivative (straight-through estimators, reversed gradients)."""
     return op.kind == "function" and op.call is not None and getattr(op.call[0], "surrogate_gradient", False) is True
-
-
-def inside(graph: Graph, op: Op):
-    """The operations that ran inside a custom Function."""
-    family = {op.index}
-    for other in graph.ops_between(op.index + 1):
-        if other.parent in family:
-            family.add(other.index)
-            yield other
 
 
 def check(graph: Graph, call: BackwardCall, op: Op, step: Step, recorded: Tensors, into: tuple, out: tuple) -> Verdict:

@@ -6,6 +6,7 @@ so that a comparison near zero cannot fall the other way."""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from kiem.inspect.graph.layouts import WITHOUT_FLOAT64
-from kiem.inspect.graph.model import Graph, Op, Ref
+from kiem.inspect.graph.model import Graph, Op, Ref, Value
 from kiem.inspect.verify.branches import as_it_was, cut_at_rank
 from kiem.inspect.verify.float64 import WRITTEN_OUT, implementation, without_out
 from kiem.inspect.verify.judge import Noise
@@ -229,13 +230,8 @@ def _without_idle_views(graph: Graph, backwards: list[Op], values: Iterable[int]
         yield op
 
 
-def flatten(tree: Any) -> Iterator[torch.Tensor]:
-    """The tensors of nested tuples and lists."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, list | tuple):
-        for part in tree:
-            yield from flatten(part)
+def _seen_at(value: Value) -> tuple:
+    return value.version, value.shape, value.offset
 
 
 class _Apart(dict):
@@ -260,12 +256,14 @@ class Replay:
         self.recorded = recorded
         self.cut = cut
         self._indices = {op.index for op in self.ops}
-        self._viewed: dict[int, int] = {}  # storage -> the first operation that made a view of it
-        for v in graph.values:
-            if v.base is not None and v.output >= 0 and v.producer is not None:
-                self._viewed.setdefault(v.storage, v.producer)
         self._frozen: Tensors = {}  # what a detach gave: a constant
         self._uses = Counter(value for op in self.ops for _, value in op.inputs)
+
+    @functools.cached_property
+    def _viewed(self) -> dict[int, int]:
+        """Of each storage the first operation that made a view of it."""
+        views = (v for v in self.graph.values if v.base is not None and v.output >= 0 and v.producer is not None)
+        return {v.storage: v.producer for v in reversed(list(views))}
 
     def run(self, given: Tensors, noise: Noise | None = None) -> Tensors:
         """All values, from those `given`; others come from the recording. `noise` is laid on each result."""
@@ -316,14 +314,10 @@ class Replay:
         value = self.graph.value(index)
         producer = None if value.producer is None else self.graph.op(value.producer)
         if producer is not None and producer.kind != "op":
-            for other in reversed(self.graph.values[:index]):
-                if other.index in tensors and (other.storage, other.version, other.shape, other.offset) == (
-                    value.storage,
-                    value.version,
-                    value.shape,
-                    value.offset,
-                ):
-                    return tensors[other.index]
+            earlier = (self.graph.value(i) for i in tensors if i < index)
+            alike = [o.index for o in earlier if o.storage == value.storage and _seen_at(o) == _seen_at(value)]
+            if alike:
+                return tensors[max(alike)]
         elif value.producer in self._indices and value.output < 0 and value.base is not None:
             writer = next((v for v in producer.mutates if self._alone(v, producer.index)), None)
             if writer in tensors and tensors[writer].shape == value.shape:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
 from kiem.errors import ConfigError
-from kiem.inspect.graph.model import BackwardCall, Graph, Op, Source, Step
+from kiem.inspect.graph.model import BackwardCall, Dropped, Graph, Op, Pass, Source, Step
+from kiem.inspect.record.state import RecordState
 from kiem.inspect.verify.end_to_end import Unchecked, whole_verdicts
 from kiem.inspect.verify.judge import InputVerdict
 from kiem.inspect.verify.operation import Verdict, check
 
-if TYPE_CHECKING:
-    from kiem.inspect.record.recorder import Recorder
-
 PASSES = 3  # of a step of a loop that repeats
 SECONDS = 20.0  # for further passes
-BAD = ("wrong", "nonfinite")
+BAD, SETTLED = ("wrong", "nonfinite"), ("ok", "kink", "zero")
 CASES = 3  # wrong operations whose tensors are held for a program that shows the error
 
 
@@ -101,21 +98,21 @@ class Verifier:
         self._nodes: dict[int, dict[str, None]] = {}  # backward call -> notes on nodes that nobody recorded
         self._left_out: Counter[Source] = Counter()
 
-    def node_ran(self, recorder: Recorder, step: Step, op: Op | None, node, into: tuple, out: tuple) -> None:
+    def node_ran(self, state: RecordState, step: Step, op: Op | None, node, into: tuple, out: tuple) -> None:
         """Check the node at once: what its backward saved is as it was."""
-        if self._skips(recorder, recorder.backward.current):
+        if self._skips(state, state.calls[-1]):
             if op is not None:
                 self._done.add(op.index)
             return
         began = time.perf_counter()
-        self.add(recorder, recorder.backward.current, step, op, into, out)
+        self.add(state, state.calls[-1], step, op, into, out)
         self.result.seconds += time.perf_counter() - began
 
-    def _skips(self, recorder: Recorder, call: BackwardCall) -> bool:
+    def _skips(self, state: RecordState, call: BackwardCall) -> bool:
         """Whether a call is left out: of steps that do the same, the first three, the fourth, the eighth, the 16th and
         so on are checked, and all while there is time. A call inside another one goes with it."""
         if call is not self._outer and not call.nested:
-            sign = recorder.folder.sign()
+            sign = state.graph.passes[-1].signature()
             self._passes[sign] += 1
             count = self._passes[sign]
             rare = count > PASSES and count & (count - 1) != 0
@@ -124,7 +121,7 @@ class Verifier:
                 self._left_out[call.source] += 1
         return self._skip
 
-    def add(self, recorder: Recorder, call: BackwardCall, step: Step, op: Op | None, into: tuple, out: tuple) -> None:
+    def add(self, state: RecordState, call: BackwardCall, step: Step, op: Op | None, into: tuple, out: tuple) -> None:
         """Check one node of a call."""
         if step.leaf is not None:
             if into[0] is not None:
@@ -143,9 +140,9 @@ class Verifier:
             ] = None
             return
         self._done.add(op.index)
-        verdict = check_safely(recorder.graph, call, op, step, recorder.kept.tensors, into, out)
+        verdict = check_safely(state.graph, call, op, step, state.kept.tensors, into, out)
         if verdict.verdict == "wrong" and op.kind == "function" and (inner := self._wrong_inside(call)) is not None:
-            name, place = recorder.graph.op(inner.op).label, recorder.graph.op(inner.op).source
+            name, place = state.graph.op(inner.op).label, state.graph.op(inner.op).source
             verdict.verdict, verdict.text = "unchecked", f"its backward runs that of {name} at {place}, which is wrong"
         self.result.verdicts.append(verdict)
         self._count, self._wrong = self._count + 1, self._wrong + (verdict.verdict == "wrong")
@@ -153,9 +150,9 @@ class Verifier:
             self._told(f"verifying: backward call {self._calls + 1:,}, {self._count:,} operations checked, "
                        f"{self._wrong} wrong")  # fmt: skip
         self._since[call.index] = len(self.result.verdicts)
-        sources = {recorder.graph.op(case.verdict.op).source for case in self.result.cases}
+        sources = {state.graph.op(case.verdict.op).source for case in self.result.cases}
         if verdict.verdict == "wrong" and len(sources) < CASES and op.source not in sources:
-            held = recorder.kept.tensors
+            held = state.kept.tensors
             inputs = {v: held[v].clone() for v in {v for _, v in op.inputs} if v in held}
             self.result.cases.append(Case(verdict, inputs, tuple(None if g is None else g.clone() for g in into)))
 
@@ -164,40 +161,40 @@ class Verifier:
         recent = self.result.verdicts[self._since.get(call.index, 0) :]
         return next((v for v in recent if v.verdict == "wrong" and v.backward > call.index), None)
 
-    def backward_ended(self, recorder: Recorder, call: BackwardCall) -> None:
+    def backward_ended(self, state: RecordState, call: BackwardCall) -> None:
         """Check whole gradients; let go of what is no longer needed."""
-        if not self._skips(recorder, call):
+        if not self._skips(state, call):
             began = time.perf_counter()
-            self.end(recorder, call)
+            self.end(state, call)
             self.result.seconds += time.perf_counter() - began
         self._calls += 1
         self._leaves.clear()
         self._roots.clear()
         self._since.clear()
         if not call.retained:
-            recorder.release_done(self._done)
+            state.release_done(self._done)
 
-    def end(self, recorder: Recorder, call: BackwardCall) -> None:
+    def end(self, state: RecordState, call: BackwardCall) -> None:
         """Check the whole gradients of a call."""
         leaves = {leaf: grad for (index, leaf), grad in self._leaves.items() if index == call.index}
         roots = {key: grad for (index, key), grad in self._roots.items() if index == call.index}
-        covered = self._end_to_end and self._whole(recorder, call, leaves, roots)
+        covered = self._end_to_end and self._whole(state, call, leaves, roots)
         for note in (note for notes in self._nodes.values() for note in notes):
             # Autograd makes nodes of its own for views: where the whole is right, they are.
             self._note(note) if covered else self._gap("node", note)
         self._nodes.clear()
 
-    def _whole(self, recorder: Recorder, call: BackwardCall, leaves: dict, roots: dict) -> bool:
+    def _whole(self, state: RecordState, call: BackwardCall, leaves: dict, roots: dict) -> bool:
         """Whether every leaf of a call could be checked, and none is wrong."""
         try:
-            verdicts, notes = whole_verdicts(recorder.graph, call, recorder.kept.tensors, leaves, roots)
+            verdicts, notes = whole_verdicts(state.graph, call, state.kept.tensors, leaves, roots)
         except Unchecked as reason:
             self._gap("end to end", f"End to end not checked for the backward call at {call.source}: {reason}")
             return False
         self.result.parameters += [(call.index, v) for v in verdicts]
         for note in notes:
             self._note(note)
-        missed = sorted(map(recorder.graph.title, set(leaves) - {v.value for v in verdicts}))
+        missed = sorted(map(state.graph.title, set(leaves) - {v.value for v in verdicts}))
         if missed:
             more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
             self._gap(
@@ -205,37 +202,39 @@ class Verifier:
             )
         return not missed and all(v.verdict in ("ok", "kink") for v in verdicts)
 
-    def folded(self, start: tuple[int, int, int], counts: tuple[int, int, int]) -> None:
-        """The last step repeats the one before: only what was wrong in it stays, told of the step that is kept."""
-        kept, parameters = [], []
+    def folded(self, dropped: Dropped) -> None:
+        """Passes that repeat others left the graph: what was wrong in them stays, and what was not settled as it was in
+        the others; told of the passes that are kept."""
+        known = {(v.op, v.verdict) for v in self.result.verdicts}
         for verdict in self.result.verdicts:
-            if verdict.op >= start[0] and verdict.verdict == "wrong":
-                verdict.op -= counts[0]
-                verdict.backward -= counts[2]
+            twin = dropped.ops.get(verdict.op)
+            new = verdict.verdict not in SETTLED and (twin, verdict.verdict) not in known
+            if twin is not None and (verdict.verdict in BAD or new):
+                known.add((twin, verdict.verdict))
+                verdict.op, verdict.backward = twin, dropped.backward(verdict.backward)
                 for result in verdict.inputs:
-                    result.value -= counts[1] if result.value >= start[1] else 0
-            elif verdict.op >= start[0]:
-                continue
-            kept.append(verdict)
-        for call, result in self.result.parameters:
-            if call >= start[2] and result.verdict == "wrong":
-                result.value -= counts[1] if result.value >= start[1] else 0
-                parameters.append((call - counts[2], result))
-            elif call < start[2]:
-                parameters.append((call, result))
-        self.result.verdicts, self.result.parameters = kept, parameters
-        self._done = {op for op in self._done if op < start[0]}
+                    result.value = dropped.value(result.value)
+        for _, leaf in self.result.parameters:
+            leaf.value = dropped.value(leaf.value)
+        self.result.parameters = [
+            (dropped.backward(call) if leaf.verdict in BAD else call, leaf) for call, leaf in self.result.parameters
+        ]
+        self._forget(dropped.ops, dropped.backwards)
 
-    def dropped(self, start: tuple[int, int, int]) -> bool:
-        """Whether nothing was wrong in the last step, which leaves the graph then."""
-        if any(v.op >= start[0] and v.verdict == "wrong" for v in self.result.verdicts):
+    def may_leave(self, passes: list[Pass]) -> bool:
+        """Whether nothing was wrong in passes, which leave the graph then."""
+        ops, calls = {op.index for one in passes for op in one.ops}, {c.index for one in passes for c in one.backwards}
+        if any(v.op in ops and v.verdict in BAD for v in self.result.verdicts):
             return False
-        if any(call >= start[2] and v.verdict == "wrong" for call, v in self.result.parameters):
+        if any(call in calls and v.verdict in BAD for call, v in self.result.parameters):
             return False
-        self.result.verdicts = [v for v in self.result.verdicts if v.op < start[0]]
-        self.result.parameters = [(call, v) for call, v in self.result.parameters if call < start[2]]
-        self._done = {op for op in self._done if op < start[0]}
+        self._forget(ops, calls)
         return True
+
+    def _forget(self, ops: Container[int], calls: Container[int]) -> None:
+        self.result.verdicts = [v for v in self.result.verdicts if v.op not in ops]
+        self.result.parameters = [(call, v) for call, v in self.result.parameters if call not in calls]
+        self._done = {op for op in self._done if op not in ops}
 
     def ended(self) -> Result:
         """The result, with a note on what was left out."""
@@ -272,20 +271,20 @@ def check_safely(
     return verdict
 
 
-def verify_recorded(recorder: Recorder) -> Result:
+def verify_recorded(state: RecordState) -> Result:
     """Verify after the program has ended, from what the recorder kept. Raises ConfigError if it was too much to
     keep."""
-    if not recorder.kept.complete:
+    if not state.kept.complete:
         raise ConfigError(
             "kiem.record(): the program's tensors were too many to keep for a verification afterwards: verify "
             "by kiem.record(verify=True)"
         )
     verifier = Verifier()
     began = time.perf_counter()
-    for call, step, op, into, out in recorder.backward.evidence:
-        verifier.add(recorder, call, step, op, into, out)
-    for call in recorder.graph.backwards:
+    for call, step, op, into, out in state.evidence:
+        verifier.add(state, call, step, op, into, out)
+    for call in state.graph.backwards:
         if not call.nested:
-            verifier.end(recorder, call)
+            verifier.end(state, call)
     verifier.result.seconds = time.perf_counter() - began
     return verifier.result
