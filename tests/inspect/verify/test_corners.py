@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import kiem
 from kiem.inspect.record.recorder import Recorder
 from kiem.inspect.verify.verifier import Verifier
 
@@ -330,3 +331,19 @@ def test_backward_in_a_thread_of_its_own_numbers_its_nodes_anew():
     assert [gap.kind for gap in result.gaps].count("node") == 3
     assert {recorder.graph.op(v.op).label for v in result.verdicts} == {"mm", "tanh", "add", "pow", "sum"}
     assert sum("made by no recorded operation" in note for note in result.notes) == 3
+
+
+def test_what_is_written_out_keeps_the_programs_order_in_memory(monkeypatch):
+    """Fused attention gives (B, T, H, K) in memory, and then `contiguous` is no operation and `view` works; attention
+    written out in float64, as for CUDA's kernels, must not break that."""
+    from kiem.inspect.verify import float64, replay
+
+    def attention(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
+        return float64.attention(q, k, v, attn_mask, is_causal, scale)
+
+    monkeypatch.setitem(replay.WRITTEN_OUT, "_scaled_dot_product_flash_attention_for_cpu", attention)
+    with kiem.record(verify=True) as trace:
+        q, k, v = (torch.randn(2, 5, 3, 4).transpose(1, 2).requires_grad_() for _ in range(3))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y.transpose(1, 2).contiguous().view(2, 5, 12).square().sum().backward()
+    assert trace.verify().ok is True, str(trace.verify())

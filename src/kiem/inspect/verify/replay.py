@@ -295,8 +295,15 @@ class Replay:
                         and self.graph.value(value).base is None
                     ):
                         output = noise(output)
-                    tensors[value] = output
+                    tensors[value] = self._laid_out(value, output) if op.label in WRITTEN_OUT else output
         return tensors
+
+    def _laid_out(self, index: int, output: torch.Tensor) -> torch.Tensor:
+        """What was written out, in the order in memory of the program's own result: a `view` of it may need that."""
+        value = self.graph.value(index)
+        if value.base is not None or output.shape != value.shape or output.stride() == value.strides:
+            return output
+        return torch.empty_strided(value.shape, value.strides, dtype=output.dtype, device=output.device).copy_(output)
 
     def _blank(self, index: int) -> torch.Tensor:
         """In place of a tensor of which nothing is left to read."""
