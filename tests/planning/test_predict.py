@@ -1,5 +1,6 @@
 """Plans: their keys, their sums, what is said without torch and without room, and the length for a time."""
 
+import io
 import json
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def machine(monkeypatch):
 
 
 def text_of(plan: predict.Plan) -> str:
-    console = Console(width=250, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=250, record=True, file=io.StringIO())
     console.print(predict.render(plan))
     return console.export_text()
 
@@ -91,7 +92,15 @@ def test_a_plan_is_json_with_units_in_its_keys(speed, machine):
 
 def test_the_plan_as_shown(speed, machine):
     shown = text_of(predict.plan(config()))
-    for part in ("124,439,808", "10 steps of 2,048", "5.00 s", "410 tokens/s", "53.0 s", "by hand", "2 cores"):
+    for part in (
+        "124,439,808",
+        "10 steps x 2,048 tokens (1 micro-batch of 2,048 = 2 sequences)",
+        "5.00 s",
+        "410 tokens/s",
+        "53.0 s",
+        "by hand",
+        "2 cores",
+    ):
         assert part in shown
 
 
@@ -99,7 +108,7 @@ def test_the_share_of_an_accelerators_peak(speed, machine):
     plan = replace(predict.plan(config()), device="NVIDIA L4", process_bytes=0)
     flops_per_second = 2_048 / 5.0 * flops_per_token(PRESETS["gpt2-124m"]).total
     assert plan.share_of_peak == flops_per_second / 121e12
-    assert "NVIDIA L4, 0.3 % of the vendor's peak rate" in text_of(plan)
+    assert "NVIDIA L4, 0.3 % of peak FLOP/s" in text_of(plan)
     assert replace(plan, device="NVIDIA Unheard").share_of_peak is None
 
 
@@ -141,7 +150,7 @@ def test_a_run_that_does_not_fit_says_what_would(machine):
     assert predict.plan(more, measure=False).peak_memory_bytes > 8 * GIB
     machine(GIB)
     (note,) = [n for n in predict.plan(big, measure=False).notes if "does not fit" in n]
-    assert "No batch makes it fit" in note
+    assert "No micro-batch makes it fit" in note
 
 
 def test_recomputing_is_advised_where_one_row_is_too_much(machine):
@@ -161,7 +170,7 @@ def test_a_run_that_does_not_fit_is_not_measured(speed, machine):
 def test_memory_that_is_taken_is_noticed(machine):
     machine(64 * GIB, free=GIB)
     notes = " ".join(predict.plan(config(), measure=False).notes)
-    assert "only 1.00 GiB of this machine's memory are free now" in notes
+    assert "only 1.00 GiB of this machine's memory is free now" in notes
 
 
 def test_tokens_for_minutes(speed, machine):
@@ -175,6 +184,38 @@ def test_tokens_for_minutes(speed, machine):
         assert spent <= most * (1 - predict.RESERVE) < spent + 2 * 5.0  # one more step, and a second for the planning
     with pytest.raises(ConfigError, match=r"one step takes 5\.00 s on this machine"):
         predict.tokens_for_minutes(run, 0.2)
+
+
+def test_minutes_that_are_too_few_are_said_as_they_were_given(speed, machine):
+    """What has passed counts, and as many minutes as are advised are enough."""
+    with pytest.raises(
+        ConfigError, match=r"--minutes 0\.5 is too short: 25\.\d s have gone into reading text"
+    ) as error:
+        predict.tokens_for_minutes(config(), 0.5, gone_seconds=25.0)
+    advised = float(str(error.value).split("at least --minutes ")[1].split(",")[0])
+    assert 0.6 < advised < 1.0
+    assert predict.tokens_for_minutes(config(), advised, gone_seconds=25.0) == 2_048
+
+
+def test_what_surely_does_not_fit_is_refused_before_anything_is_allocated(machine):
+    machine(64 * GIB)
+    predict.require_memory(predict.plan(config(), measure=False))
+    needs = predict.plan(config(), measure=False)
+    machine(needs.process_bytes + needs.memory.peak)  # only the allocator's share is missing: it may work
+    close = predict.plan(config(), measure=False)
+    assert any("does not fit" in note for note in close.notes)
+    predict.require_memory(close)
+    machine(needs.process_bytes + needs.memory.peak - 1)
+    with pytest.raises(ConfigError, match="this run does not fit: it needs"):
+        predict.require_memory(predict.plan(config(), measure=False))
+
+
+def test_the_least_need_that_is_said_is_more_than_there_is(machine):
+    """Not a part of it that would fit: I8."""
+    machine(int(23.5 * GIB))
+    (note,) = [n for n in predict.plan(config("gpt2-1558m"), measure=False).notes if "does not fit" in n]
+    least = float(note.split("still needs ")[1].split(" GiB")[0])
+    assert least > 23.5 and "Use a smaller model" in note
 
 
 def test_no_time_without_speed(machine, monkeypatch):

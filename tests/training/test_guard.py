@@ -1,4 +1,4 @@
-"""The sentinels: a late explosion is recognised and healthy noise is not; the first bad number is found and named."""
+"""The sentinels: a late explosion is recognized and healthy noise is not; the first bad number is found and named."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def exploding(seed, kind, at=300, steps=450):
 
 
 @pytest.mark.parametrize("kind", ["jump", "climb", "norm"])
-def test_explosions_are_recognised(kind):
+def test_explosions_are_recognized(kind):
     """Each within the patience and the time a climb needs to leave the noise; the trouble's first step is named."""
     for seed in range(40):
         verdicts = run(exploding(seed, kind))
@@ -106,6 +106,52 @@ def test_divergence_from_the_start():
     verdicts = run((i, 10.8 if i < 20 else min(10.8 + 0.1 * (i - 20), 16.0), 1.0) for i in range(200))
     assert verdicts[-1].stop
     assert "above 11.8" in verdicts[-1].reason
+
+
+FROM_THE_FIRST_STEP = {
+    "explodes and comes down": lambda i: 5.5 if i == 0 else max(24_563 * 0.9**i, 497.0),
+    "one step later": lambda i: 5.5 if i < 2 else 30.0,
+    "a plateau above": lambda i: 5.5 + 2.5 * min(i, 10) / 10,
+    "from a trained model": lambda i: 2.0 if i == 0 else 40.0,
+}
+
+
+@pytest.mark.parametrize("name", FROM_THE_FIRST_STEP)
+def test_divergence_from_the_first_step_is_no_measure_of_itself(name):
+    """The watch's picture of the start does not hold the explosion."""
+    watch = Watch(uniform_loss=math.log(257))
+    curve = FROM_THE_FIRST_STEP[name]
+    verdicts = run(((i, curve(i), 1.0) for i in range(120)), watch)
+    assert [v.stop for v in verdicts] == [False, True]
+    assert verdicts[0].since <= 10 and "the loss (" in verdicts[0].reason
+    assert "began at" in watch.ending() and "diverged" in watch.ending()
+
+
+def test_no_false_alarm_with_the_vocabulary_known():
+    """Runs that begin at ln V, and trained models that begin far below it."""
+    for seed in range(200):
+        watch = Watch(uniform_loss=math.log(50_257))
+        assert not any(v.stop for v in run(healthy_curve(seed), watch)), seed
+
+
+UNIFORM = math.log(257)
+
+
+def ended(losses, uniform=UNIFORM):
+    watch = Watch(uniform_loss=uniform)
+    run(((i, loss, 1.0) for i, loss in enumerate(losses)), watch)
+    assert Watch(json.loads(json.dumps(watch.state())), uniform).ending() == watch.ending()
+    return watch.ending()
+
+
+def test_the_end_of_a_run_that_learned_nothing_is_said():
+    assert ended([]) is None
+    assert ended([5.55 * 0.99**i for i in range(30)]) is None
+    assert ended([5.55, 5.54, 5.55, 5.5, 5.52, 5.53]) is None
+    assert ended([2.1, 1.9, 2.3, 2.0, 2.2, 1.8, 2.1]) is None
+    assert "ended at 8.0000 nats per token and began at 5.5500" in ended([5.55, 8.0, 8.0, 8.0, 8.0])
+    assert "began at 2.0000" in ended([2.0] * 20 + [2.3] * 20)
+    assert "above 5.5491 = ln(vocab_size)" in ended([12.0 - 0.1 * i for i in range(40)])
 
 
 def test_slow_divergence_is_measured_against_the_best_level():

@@ -8,14 +8,15 @@ from kiem.config.run import RunConfig
 from kiem.planning.count import flops_per_token
 from kiem.planning.predict import tokens_for_minutes
 
-MATMUL_SHARE = 0.5  # of the machine's matrix-product rate that training reaches, about
+MATMUL_SHARE = 0.5  # of the machine's matmul throughput that training reaches, about
 
 
 class Budget:
-    """The minutes that begin when this is made."""
+    """The minutes that a user gave; they begin when this is made. `ends`: on the clock of time.monotonic."""
 
     def __init__(self, minutes: float) -> None:
-        self.ends = time.monotonic() + 60 * minutes
+        self.minutes, self.began = minutes, time.monotonic()
+        self.ends = self.began + 60 * minutes
 
     def minutes_left(self) -> float:
         return max(0.0, (self.ends - time.monotonic()) / 60)
@@ -41,4 +42,4 @@ class Budget:
         per_token = flops_per_token(resolve(config, vocab_size).model).total
         guess = max(int(self.flops(config) / per_token), config.train.batch_tokens or 1)
         guessed = resolve(lasting(max(guess, resolve(config, vocab_size).model.context_length)), vocab_size)
-        return lasting(tokens_for_minutes(guessed, self.minutes_left()))
+        return lasting(tokens_for_minutes(guessed, self.minutes, time.monotonic() - self.began))

@@ -1,5 +1,6 @@
 """The plan of a run: what it will cost, before it starts. Everything but speed works without torch."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kiem import runtime
 from kiem.config.run import RunConfig
 from kiem.errors import ConfigError
-from kiem.format import bytes_text, count_text, integer_text, percent_text, seconds_text
+from kiem.format import bytes_text, count_text, integer_text, percent_text, plural, seconds_text
 from kiem.planning.count import Flops, flops_per_token, parameters_by_module
 from kiem.planning.devices import DEVICES, Machine, find_device, this_machine
 from kiem.planning.memory import Memory, memory
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 PROCESS_BYTES = 330 * 2**20  # Python, torch and Kiem before the model, where not measured: torch 2.13 on Linux
 USUAL_HEAP_RATIO = 1.5  # resident memory over bytes in use where not measured: 1.1 to 2.5 were seen with glibc 2.36
-START_SECONDS = 10.0  # of a timed run: start, checkpoints, samples and report, about
+START_SECONDS = 10.0  # of a timed run: loading, checkpoints, samples and report, about
 RESERVE = 0.05  # of its time, for what steps take longer than measured
 EVALUATIONS = 11  # in a run: config/presets.py, item 13
 SHOWN_ELSEWHERE = ("H100", "A100", "RTX 4090", "RTX 3090", "T4")
@@ -39,6 +40,7 @@ class Plan:
     precision: str
     device: str
     machine: Machine
+    memory_capacity_bytes: int  # of the accelerator, else of the machine
     speed: "Speed | None" = None
     notes: list[str] = field(default_factory=list)
 
@@ -62,11 +64,13 @@ class Plan:
     @property
     def allocator_bytes(self) -> int:
         """What the heap of a process keeps beside the bytes in use: measured, else as usual."""
-        return int((_heap_ratio(self.speed, self.process_bytes) - 1) * self.memory.peak)
+        if self.process_bytes and self.speed is not None:
+            return int((self.speed.heap_ratio - 1) * self.memory.peak)
+        return _usual_heap_bytes(self.memory, self.process_bytes)
 
     @property
     def step_seconds(self) -> float | None:
-        """One update: its micro-batches forward and backward, and the optimiser."""
+        """One update: its micro-batches forward and backward, and the optimizer."""
         if self.speed is None:
             return None
         return self.micro_steps_per_step * self.speed.micro_step_seconds + self.speed.update_seconds
@@ -139,10 +143,11 @@ class Plan:
         }
 
 
-def _heap_ratio(speed: "Speed | None", process_bytes: int) -> float:
+def _usual_heap_bytes(needs: Memory, process_bytes: int) -> int:
+    """What the heap usually keeps beside the bytes in use, for what comes and goes; what stays leaves no holes."""
     if not process_bytes:
-        return 1.0  # an accelerator's memory is counted as allocated
-    return USUAL_HEAP_RATIO if speed is None else speed.heap_ratio
+        return 0  # an accelerator's memory is counted as allocated
+    return int((USUAL_HEAP_RATIO - 1) * max(0, needs.peak - needs.weights - needs.optimizer - needs.batch))
 
 
 def elsewhere(plan: Plan) -> list[dict[str, Any]]:
@@ -165,8 +170,8 @@ def plan(config: RunConfig, measure: bool = True) -> Plan:
         notes.append(_does_not_fit(config, needs, place, capacity))
     elif not place.memory_bytes and _whole(place, needs) - place.loaded_bytes > machine.memory_available_bytes:
         notes.append(
-            f"only {bytes_text(machine.memory_available_bytes)} of this machine's memory are free now: close "
-            "other programs, or lower train.micro_batch_tokens"
+            f"only {bytes_text(machine.memory_available_bytes)} of this machine's memory is free now: close other "
+            "programs, or lower train.micro_batch_tokens"
         )
     speed = None
     if place.torch and fits:
@@ -187,6 +192,7 @@ def plan(config: RunConfig, measure: bool = True) -> Plan:
         place.precision,
         place.device,
         machine,
+        capacity,
         speed,
         notes,
     )
@@ -232,30 +238,43 @@ def _place(config: RunConfig, measure: bool, notes: list[str]) -> _Place:
     precision = config.train.precision
     if precision == "auto":
         precision = "float32"
-        notes.append("precision auto was taken as float32: what the processor has is known when speed is measured")
+        notes.append("precision auto is taken as float32: run without --no-measure to detect bfloat16 support")
     return _Place(False, "cpu" if config.device == "auto" else config.device, precision, PROCESS_BYTES)
 
 
 def _whole(place: _Place, needs: Memory) -> int:
-    return place.process_bytes + int(_heap_ratio(None, place.process_bytes) * needs.peak)
+    return place.process_bytes + needs.peak + _usual_heap_bytes(needs, place.process_bytes)
 
 
 def _does_not_fit(config: RunConfig, needs: Memory, place: _Place, capacity: int) -> str:
     """What is too large, and the first smaller settings that fit."""
-    said = (
-        f"this run does not fit: it needs {bytes_text(_whole(place, needs))} and "
-        f"{place.device if place.memory_bytes else 'this machine'} has {bytes_text(capacity)}."
-    )
+    on = place.device if place.memory_bytes else "this machine"
+    said = f"this run does not fit: it needs {bytes_text(_whole(place, needs))} of memory and {on} has "
+    said += f"{bytes_text(capacity)}."
+    least, smallest = _whole(place, needs), needs
     for changes in _smaller(config):
         train = config.train.model_copy(update=changes)
-        less = _whole(place, memory(config.model, train, place.compute_bytes, not config.data.cross_document_attention))
-        if less <= capacity:
+        less = memory(config.model, train, place.compute_bytes, not config.data.cross_document_attention)
+        whole = _whole(place, less)
+        if whole <= capacity:
             settings = " ".join(f"train.{name}={str(value).lower()}" for name, value in changes.items())
-            return f"{said} It fits with {settings} ({bytes_text(less)})"
+            return f"{said} It fits with {settings} ({bytes_text(whole)})"
+        if whole < least:
+            least, smallest = whole, less
+    parts = ("weights", "gradients", "optimizer", "update")
+    largest = ", ".join(f"{name} {bytes_text(getattr(smallest, name))}" for name in parts)
     return (
-        f"{said} No batch makes it fit: weights, gradients and optimiser alone take "
-        f"{bytes_text(needs.weights + needs.gradients + needs.optimizer)}. Use a smaller model"
+        f"{said} No micro-batch makes it fit: one sequence at a time, with blocks recomputed, still needs "
+        f"{bytes_text(least)} ({largest}). Use a smaller model"
     )
+
+
+def require_memory(planned: Plan) -> None:
+    """Raise ConfigError if the run surely does not fit, before anything is allocated: even without what an allocator
+    keeps beside the bytes in use, a step needs more than the machine or its accelerator has."""
+    needed, place = planned.process_bytes + planned.memory.peak, planned.memory_capacity_bytes
+    if needed > place:
+        raise ConfigError("; ".join(note for note in planned.notes if "does not fit" in note))
 
 
 def _smaller(config: RunConfig) -> Iterator[dict[str, Any]]:
@@ -268,25 +287,28 @@ def _smaller(config: RunConfig) -> Iterator[dict[str, Any]]:
         yield from ({"micro_batch_tokens": n * context, "activation_checkpointing": True} for n in rows)
 
 
-def tokens_for_minutes(config: RunConfig, minutes: float) -> int:
-    """Training tokens, in whole batches, with which a run of this resolved config ends within `minutes`, start and all.
+def tokens_for_minutes(config: RunConfig, minutes: float, gone_seconds: float = 0.0) -> int:
+    """Training tokens, in whole batches, with which a run of this resolved config ends within `minutes`, all included.
 
+    minutes: as the user gave them. gone_seconds: what of them had passed before this call, with preparing text.
     At least one batch. Raises ConfigError if not even that fits the time, or speed cannot be measured.
     """
     began = time.perf_counter()
     planned = plan(config, measure=True)
-    if planned.speed is None:
+    if planned.speed is None or planned.step_seconds is None:
         raise ConfigError(f"--minutes {minutes:g}: the speed was not measured: {'; '.join(planned.notes)}")
     measuring = time.perf_counter() - began  # the run measures once more, for its plan
-    left = (minutes * 60 - START_SECONDS - measuring) * (1 - RESERVE)
-    evaluation = config.train.eval_tokens * planned.speed.evaluation_seconds_per_token
-    steps = int((left - EVALUATIONS * evaluation) / planned.step_seconds)
+    evaluating = EVALUATIONS * config.train.eval_tokens * planned.speed.evaluation_seconds_per_token
+    beside = gone_seconds + 2 * measuring + START_SECONDS
+    steps = int(((minutes * 60 - beside) * (1 - RESERVE) - evaluating) / planned.step_seconds)
     if steps < 1:
-        beside = seconds_text(START_SECONDS + measuring + EVALUATIONS * evaluation)
+        least = (beside + (evaluating + planned.step_seconds) / (1 - RESERVE)) / 60
         raise ConfigError(
-            f"--minutes {minutes:g}: one step takes {seconds_text(planned.step_seconds)} on this machine, and {beside} "
-            "go into the start and evaluations: give more time, a smaller model, or smaller train.batch_tokens and "
-            "train.eval_tokens"
+            f"--minutes {minutes:g} is too short: {seconds_text(gone_seconds + measuring)} have gone into reading text "
+            f"and measuring speed, {seconds_text(measuring + START_SECONDS + evaluating)} more go into the start, "
+            f"evaluations, samples and saving, and one step takes {seconds_text(planned.step_seconds)} on this "
+            f"machine. Give at least --minutes {math.ceil(least * 10) / 10:g}, or a smaller model, train.batch_tokens "
+            "or train.eval_tokens"
         )
     return steps * config.train.batch_tokens
 
@@ -317,10 +339,10 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield (
         "tokens",
         integer_text(plan.steps * train.batch_tokens),
-        (
-            f"{integer_text(plan.steps)} steps of {integer_text(train.batch_tokens)}, {plan.micro_steps_per_step} x "
-            f"{integer_text(train.micro_batch_tokens)} each, {plan.precision}"
-        ),
+        f"{plural(plan.steps, 'step')} x {integer_text(train.batch_tokens)} tokens "
+        f"({plural(plan.micro_steps_per_step, 'micro-batch', 'micro-batches')} of "
+        f"{integer_text(train.micro_batch_tokens)} = "
+        f"{plural(train.micro_batch_tokens // plan.config.model.context_length, 'sequence')}), {plan.precision}",
     )
     names = ("weights", "gradients", "optimizer", "activations", "loss", "update")
     kinds = {name: getattr(needs, name) for name in names}
@@ -330,15 +352,19 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield (
             "time of one step",
             seconds_text(plan.step_seconds),
-            (f"of it {seconds_text(plan.speed.update_seconds)} the optimiser; {plan.speed.method}"),
+            f"including {seconds_text(plan.speed.update_seconds)} for the optimizer; {plan.speed.method}",
         )
         on = plan.device if plan.process_bytes == 0 else f"{plan.machine.processor}, {plan.machine.cores} cores"
         if plan.share_of_peak is not None:
-            on += f", {percent_text(plan.share_of_peak)} of the vendor's peak rate"
+            on += f", {percent_text(plan.share_of_peak)} of peak FLOP/s"
         yield "speed", f"{integer_text(plan.tokens_per_second)} tokens/s", on
-        yield "time", seconds_text(plan.total_seconds), f"of it {seconds_text(plan.evaluation_seconds)} evaluations"
+        yield (
+            "time",
+            seconds_text(plan.total_seconds),
+            f"including {seconds_text(plan.evaluation_seconds)} for evaluations",
+        )
     else:
         there = [of for of in elsewhere(plan) if of["fits"] and of["device"] in SHOWN_ELSEWHERE]
         least = ", ".join(f"{of['device']} {seconds_text(of['least_seconds'])}" for of in there)
         if least:
-            yield "least time", "", f"at the vendor's peak rate: {least}"
+            yield "lower bound on time", "", f"at peak FLOP/s: {least}"

@@ -1,4 +1,4 @@
-"""What watches a run: a loss that explodes late, and the search for the place where a number stopped being one.
+"""What watches a run: a loss that explodes, early or late, and the search for the first number that is not finite.
 
 `Watch` looks at each step's two numbers and costs microseconds. `require_finite` stands before a save, so that a
 poisoned state never becomes the newest checkpoint. `first_nonfinite` runs once, after a refused update.
@@ -24,6 +24,9 @@ PATIENCE = 64  # steps above the limit after which a spike is not expected to co
 SIGMAS = 8.0
 LEAST_RISE = 0.5  # nats per token; a smaller rise is no explosion, whatever the noise
 RISE_ABOVE_START = 1.0  # nats per token
+EARLY_NOISE = 0.25  # of the first loss: as much may one of the first steps lie above it
+SMALL_RISE = 0.05  # nats per token; a last loss above the first ones by less is called equal to them
+RECENT = 8  # values that say where the run ends
 NORM_FACTOR, NORM_FACTOR_ABOVE_START = 100.0, 10.0
 
 
@@ -62,23 +65,45 @@ class _Track:
 
 
 class Watch:
-    """A running picture of loss and gradient norm that recognises a late explosion.
+    """A running picture of loss and gradient norm that recognizes an explosion.
 
     The limit of the loss lies above its best level (the lowest median over WINDOW steps) by SIGMAS robust standard
     deviations (1.4826 MAD), by half of all that was learned since the start, and by LEAST_RISE, whichever is most; and
-    it is never further above the level of the first steps than RISE_ABOVE_START or their noise. A loss above the limit
-    for PATIENCE steps is an explosion. The gradient norm is judged in the same way on its logarithm. `state()` is JSON
-    and goes into the checkpoint: `Watch(state)` goes on exactly where it was.
+    it is never further above the level of the first steps than RISE_ABOVE_START or their noise. First steps that are
+    far above both the first loss and that of a model that gives every token the same chance (`uniform_loss`, ln V) are
+    an explosion already and no part of that level. A loss above the limit for PATIENCE steps is an explosion. The
+    gradient norm is judged in the same way on its logarithm, without a bound on the first steps. `state()` is JSON and
+    goes into the checkpoint: `Watch(state)` continues exactly where it was.
     """
 
-    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, state: Mapping[str, Any] | None = None, uniform_loss: float = math.inf) -> None:
         state = state or {}
         self._loss = _Track(**state.get("loss", {}))
         self._norm = _Track(**state.get("log_grad_norm", {}))
+        self._recent: list[float] = list(state.get("recent_loss", []))
+        self._uniform = uniform_loss
 
     def state(self) -> dict[str, Any]:
         """Everything that the next `add` depends on, as JSON values."""
-        return {"loss": _as_json(self._loss), "log_grad_norm": _as_json(self._norm)}
+        recent = list(self._recent)
+        return {"loss": _as_json(self._loss), "log_grad_norm": _as_json(self._norm), "recent_loss": recent}
+
+    def ending(self) -> str | None:
+        """What to say at the end of a run that learned nothing: the loss is above the first one, or above ln V."""
+        if not self._recent:
+            return None
+        last, first, level = median(self._recent), self._loss.start[0], median(_first_steps(self._loss, self._uniform))
+        if last > level + SMALL_RISE or last > first + LEAST_RISE:
+            return (
+                f"the loss ended at {last:.4f} nats per token and began at {min(first, level):.4f}: nothing was "
+                "learned. The run diverged, or its learning rate is too high"
+            )
+        if last > self._uniform + SMALL_RISE:
+            return (
+                f"the loss ended at {last:.4f} nats per token, above {self._uniform:.4f} = ln(vocab_size), that of a "
+                "model that gives every token the same chance. The run diverged, or its learning rate is too high"
+            )
+        return None
 
     @property
     def calm(self) -> bool:
@@ -89,7 +114,8 @@ class Watch:
         """Take in one step (loss in nats per token, gradient norm before clipping). None if there is nothing to say."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return Verdict(True, f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite", step)
-        loss_limit, norm_limit = _loss_limit(self._loss), _norm_limit(self._norm)
+        self._recent = [*self._recent[1 - RECENT :], loss]
+        loss_limit, norm_limit = _loss_limit(self._loss, self._uniform), _norm_limit(self._norm)
         loss_is_high = self._loss.add(step, loss, loss_limit)
         norm_is_high = self._norm.add(step, math.log(max(grad_norm, 1e-30)), norm_limit)
         verdicts = []
@@ -127,11 +153,27 @@ def _usual(track: _Track) -> float:
     return median(track.calm or track.start)
 
 
-def _loss_limit(track: _Track) -> float:
-    if len(track.start) < START:
+def _unlearned(track: _Track, uniform: float) -> float:
+    """The most that a model loses before it has learned anything, noise included."""
+    if not track.start:
         return math.inf
-    start = median(track.start)
-    above_start = start + max(SIGMAS * _sigma(track.start), RISE_ABOVE_START)
+    return max(track.start[0], uniform) + max(RISE_ABOVE_START, EARLY_NOISE * track.start[0])
+
+
+def _first_steps(track: _Track, uniform: float) -> list[float]:
+    """Losses that say where the run began; the first is always one of them."""
+    most = _unlearned(track, uniform)
+    return [loss for loss in track.start if loss <= most]
+
+
+def _loss_limit(track: _Track, uniform: float) -> float:
+    if len(track.start) < START:
+        return _unlearned(track, uniform)
+    first = _first_steps(track, uniform)
+    start = median(first)
+    above_start = start + max(SIGMAS * _sigma(first), RISE_ABOVE_START)
+    if len(first) < START:  # too few to know their noise by, and it exploded among them
+        above_start = min(above_start, _unlearned(track, uniform))
     if math.isinf(track.best):
         return above_start
     rise = max(SIGMAS * _sigma(track.calm), 0.5 * (start - track.best), LEAST_RISE)
