@@ -107,7 +107,8 @@ def train(
     dataset = _prepare(wanted, quiet)
     if budget is not None:
         wanted = budget.with_length(wanted, dataset.tokenizer.vocab_size)
-    return _train(wanted, run, dataset, quiet, show)
+    deadline = None if budget is None else budget.ends
+    return _train(wanted, run, dataset, quiet, show, ends=deadline)
 
 
 def load(run: str | Path | runs.Run, device: str = "auto") -> "LanguageModel":
@@ -208,11 +209,13 @@ def _train(
     quiet: bool,
     show: Callable[[Any], None] | None,
     weights: Run | None = None,
+    ends: float | None = None,
 ) -> Run:
-    """From tokens to a trained model and its report."""
+    """From tokens to a trained model and its report. ends: when it must have ended, on the clock of time.monotonic."""
     from kiem.planning import predict
     from kiem.report import summary
     from kiem.training import loop
+    from kiem.training.deadline import Deadline
 
     resolved = resolve(config, dataset.tokenizer.vocab_size)
     planned = None
@@ -221,6 +224,7 @@ def _train(
             planned = predict.plan(resolved, measure=True)
         if show is not None:
             show(predict.render(planned))
+        predict.require_memory(planned)
     with _listener(resolved, run.folder) as listener:
         try:
             loop.train(
@@ -231,6 +235,7 @@ def _train(
                 weights=weights,
                 sampler=_sampler(resolved, dataset),
                 listener=listener,
+                deadline=None if ends is None else Deadline(ends),
                 quiet=quiet,
             )
         except (Stopped, NumericsError):

@@ -89,7 +89,7 @@ def _raw_and_smoothed(run: Run, column: str, scale: float = 1.0) -> list[Line | 
 
 def _held_out(run: Run) -> Line | None:
     """Evaluations lie at the training time of the step they follow; one before the first step lies at 0."""
-    rows = [(as_number(e.get("step")), as_number(e.get("tokens")), as_number(e.get("loss"))) for e in run.evals]
+    rows = [(as_number(e.get("step")), as_number(e.get("tokens")), as_number(e.get("loss"))) for e in run.curve_evals]
     rows = [row for row in rows if all(math.isfinite(x) for x in row)]
     if not rows:
         return None

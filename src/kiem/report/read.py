@@ -44,6 +44,11 @@ class Run:
     plan: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def curve_evals(self) -> list[dict[str, Any]]:
+        """Evaluations that can be compared: of the sample that every point has, or all if none is of a sample."""
+        return [e for e in self.evals if e.get("part") == "sample"] or self.evals
+
     def __len__(self) -> int:
         return len(self.seconds)
 
@@ -83,6 +88,8 @@ def _take(run: Run, record: dict[str, Any]) -> None:
         run.saves.append(record)
     elif kind in ("start", "stop", "end"):
         run.marks.append(record)
+        if isinstance(warning := record.get("warning"), str):
+            run.problems.append(warning)
 
 
 def _take_sample(run: Run, record: dict[str, Any]) -> None:

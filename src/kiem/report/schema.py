@@ -54,7 +54,7 @@ KEYS: dict[str, str] = {
     "python_samples[].accepted": "of those, how many begin a valid program (codeop), cut after the last line",
     "python_samples[].accepted_share": "0..1: accepted / judged",
     "data": "facts of the prepared text as `kiem prepare` reports them; null: not at hand",
-    "evaluations": "list, oldest first",
+    "evaluations": "list, oldest first: all of one sample of the held-out text; `loss` is of the whole of it",
     "evaluations[].step": "updates done",
     "evaluations[].tokens": "training tokens seen",
     "evaluations[].loss": "nats per held-out token",

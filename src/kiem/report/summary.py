@@ -72,7 +72,7 @@ def _build(run: Run, dataset: "Dataset | None") -> dict[str, Any]:
     report["data"] = dict(dataset.report) if dataset is not None else earlier.get("data")
     report["evaluations"] = [
         {name: _number(e, name) for name in ("step", "tokens", "loss", "perplexity", "bits_per_byte")}
-        for e in run.evals
+        for e in run.curve_evals
     ]
     report["curve"] = _curve(run)
     report["samples"] = _spread_samples(run.samples)
@@ -124,7 +124,7 @@ def _parameters(config: Mapping[str, Any]) -> int | None:
 
 def _held_out(run: Run) -> dict[str, Any]:
     last = run.evals[-1] if run.evals else {}
-    scored = [e for e in run.evals if math.isfinite(as_number(e.get("bits_per_byte")))]
+    scored = [e for e in run.curve_evals if math.isfinite(as_number(e.get("bits_per_byte")))]
     best = min(scored, key=lambda e: e["bits_per_byte"], default={})
     return {
         **{name: _number(last, name) for name in ("loss", "perplexity", "bits_per_byte", "eval_tokens", "eval_bytes")},

@@ -45,6 +45,7 @@ RECORDS: dict[str, dict[str, str]] = {
         "bits_per_byte": "held-out loss in bits / bytes of the held-out text, whatever the tokenizer",
         "eval_tokens": "held-out tokens evaluated",
         "eval_bytes": "bytes of UTF-8 text those tokens stand for",
+        "part": "`sample`: of the held-out text, the same at every point of the curve; `whole`: all of it, at the end",
         "seconds": "seconds the evaluation took",
     },
     "save": {
@@ -53,6 +54,13 @@ RECORDS: dict[str, dict[str, str]] = {
         "path": "the checkpoint's folder, relative to the run folder",
         "bytes": "its size in bytes",
         "seconds": "seconds the save took",
+    },
+    "shortened": {
+        "step": "updates done",
+        "tokens": "training tokens seen",
+        "total_tokens": "training tokens of the whole run from now on, so that it ends in the time it was given",
+        "cooldown_tokens": "its cool-down from now on",
+        "time": "ISO 8601, with the offset from UTC",
     },
     "stop": {
         "step": "updates done",
@@ -64,6 +72,7 @@ RECORDS: dict[str, dict[str, str]] = {
         "step": "updates done",
         "tokens": "training tokens seen",
         "reason": "`finished`",
+        "warning": "what is wrong with a run that learned nothing; null if it did",
         "time": "ISO 8601, with the offset from UTC",
     },
 }

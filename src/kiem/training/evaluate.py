@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -15,7 +16,7 @@ from kiem.training.objective import NextToken, Objective
 @dataclass(frozen=True)
 class Evaluation:
     """loss: nats per token; perplexity: exp(loss); bits_per_byte: all nats / ln 2 / bytes of the text; seconds: it
-    took."""
+    took; part: of the held-out text, "whole" or the "sample" that is the same at every point of a run's curve."""
 
     loss: float
     perplexity: float
@@ -23,6 +24,7 @@ class Evaluation:
     tokens: int
     bytes: int
     seconds: float
+    part: Literal["whole", "sample"] = "whole"
 
 
 @torch.no_grad()
@@ -35,7 +37,8 @@ def evaluate(
 ) -> Evaluation:
     """Loss over the dataset's held-out text in windows of the model's context, each token predicted once.
 
-    batch_tokens: of one forward pass. max_tokens: only about so many tokens, evenly spread, the same every time.
+    batch_tokens: of one forward pass. max_tokens: only about so many tokens, evenly spread, the same every time; where
+    there are no more than that, it is the whole.
     Ends of text are predicted too; they stand for no bytes. objective: as in training,
     by default NextToken.
     """
@@ -55,4 +58,5 @@ def evaluate(
     loss = nats / tokens
     bits = nats / math.log(2) / n_bytes if n_bytes else math.nan
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, bits, tokens, n_bytes, time.perf_counter() - began)
+    part = "whole" if tokens == dataset.validation.n_tokens - 1 else "sample"
+    return Evaluation(loss, perplexity, bits, tokens, n_bytes, time.perf_counter() - began, part)

@@ -80,13 +80,13 @@ class Watch:
         state = state or {}
         self._loss = _Track(**state.get("loss", {}))
         self._norm = _Track(**state.get("log_grad_norm", {}))
-        self._recent: list[float] = list(state.get("recent_loss", []))
+        self._recent: list[float] = list(state.get("recent", {}).get("loss", []))
         self._uniform = uniform_loss
 
     def state(self) -> dict[str, Any]:
         """Everything that the next `add` depends on, as JSON values."""
-        recent = list(self._recent)
-        return {"loss": _as_json(self._loss), "log_grad_norm": _as_json(self._norm), "recent_loss": recent}
+        recent = {"loss": list(self._recent)}
+        return {"loss": _as_json(self._loss), "log_grad_norm": _as_json(self._norm), "recent": recent}
 
     def ending(self) -> str | None:
         """What to say at the end of a run that learned nothing: the loss is above the first one, or above ln V."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kiem import runtime
-from kiem.config.read import config_dict
+from kiem.config.read import config_dict, write_config
 from kiem.config.run import RunConfig
 from kiem.data.loader import Batch, Loader
 from kiem.data.shards import Dataset
@@ -26,12 +26,14 @@ from kiem.optim.state import load_state_tensors, state_tensors
 from kiem.runs import checkpoint, metrics, resume
 from kiem.runs.run import Run
 from kiem.training import guard
+from kiem.training.deadline import Deadline
 from kiem.training.evaluate import Evaluation, evaluate
 from kiem.training.objective import NextToken
 from kiem.training.progress import Progress
 from kiem.training.step import StepResult, train_step
 
 Sampler = Callable[[Transformer, int], list[dict[str, Any]]]  # (model, step) -> records of samples.jsonl
+REPORT_SECONDS = 2.0  # after the last save, about
 SKIP_AHEAD = 1 << 32  # a batch that is left out is replaced by one from so many steps later, which no run comes to
 Listener = Callable[[dict[str, Any]], None]  # takes every record of metrics.jsonl and samples.jsonl
 
@@ -45,18 +47,19 @@ def train(
     weights: Run | None = None,
     sampler: Sampler | None = None,
     listener: Listener | None = None,
+    deadline: Deadline | None = None,
     quiet: bool = False,
 ) -> None:
     """Train from the newest whole checkpoint of `run` (or from the start) to the last token.
 
-    config: resolved. plan: contents of plan.json. weights: the run whose weights a new run starts from. Ctrl-C and
-    SIGTERM end the step, save, and raise Stopped; NumericsError, StorageError, BusyError, CheckpointError, ConfigError
-    and DataError as their names say.
+    config: resolved. plan: contents of plan.json. weights: the run whose weights a new run starts from. deadline: the
+    run is made shorter on the way if it would end later. Ctrl-C and SIGTERM end the step, save, and raise Stopped;
+    NumericsError, StorageError, BusyError, CheckpointError, ConfigError and DataError as their names say.
     """
     runtime.set_up_process()
     # What cannot work fails here, before there is a folder.
     flops = None if plan is None else plan["flops_per_token"]["total_flops"]
-    trainer = Trainer(config, run, dataset, sampler, listener, flops)
+    trainer = Trainer(config, run, dataset, sampler, listener, flops, deadline)
     with run.writing():
         start = trainer.restore(weights)
         run.write_facts(config, dataset.tokenizer, plan)
@@ -76,6 +79,7 @@ class Trainer:
         sampler: Sampler | None,
         listener: Listener | None,
         flops_per_token: int | None = None,
+        deadline: Deadline | None = None,
     ):
         self.config, self.of, self.folder, self.dataset = config, run, run.folder, dataset
         self.sampler, self.listener = sampler, listener
@@ -92,7 +96,9 @@ class Trainer:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
         runtime.seed_everything(config.seed)
-        self.watch = guard.Watch()
+        self.watch = guard.Watch(uniform_loss=math.log(config.model.vocab_size))
+        self.deadline = deadline
+        self.took: dict[str, float] = {}  # seconds of the newest evaluation (per token), sample and save
         self.step, self.tokens = 0, 0  # updates done, training tokens seen
         self.stop_signal: int | None = None
         self.skipped = self.train.skipped_steps()
@@ -126,15 +132,16 @@ class Trainer:
             saved = self.step
             while self.step < self.steps:
                 self.one_step()
+                self.keep_deadline()
                 last = self.step == self.steps
                 if self.stop_signal is not None and not last:
                     self.progress.note(
                         f"{_signal_name(self.stop_signal)}: saving (again: stop at once, without saving)"
                     )
-                if last:
-                    self.evaluate(None)
-                elif self.step % self.train.eval_every == 0:
-                    self.evaluate(self.train.eval_tokens)
+                if self.step % self.train.eval_every == 0 or last:
+                    found = self.evaluate(self.train.eval_tokens)
+                    if last and found.part == "sample":  # beside the curve, whose points are of one sample
+                        self.evaluate(None)
                 if self.step % self.train.sample_every == 0 or last:
                     self.sample()
                 if self.step % self.train.save_every == 0 or last or self.stop_signal is not None:
@@ -142,7 +149,9 @@ class Trainer:
                     saved = self.step
                 if self.stop_signal is not None and not last:
                     self.stop(saved)
-            self.record("end", reason="finished", time=_now())
+            if warning := self.watch.ending():
+                self.progress.note(f"warning: {warning}")
+            self.record("end", reason="finished", warning=warning, time=_now())
         resume.remove_ended(self.of)
 
     def record(self, kind: str, **fields: Any) -> dict[str, Any]:
@@ -185,6 +194,26 @@ class Trainer:
             f"The run was stopped; its checkpoints are kept. With a lower learning rate: {again}. "
             f"To train on regardless: kiem train {self.folder} train.stop_on_divergence=false"
         )
+
+    def keep_deadline(self) -> None:
+        """Make the run shorter if it would end after its deadline: said, recorded, and saved at once."""
+        if self.deadline is None:
+            return
+        ending = self.took.get("sample", 0.0) + self.took.get("save", 0.0) + REPORT_SECONDS
+        ending += self.took.get("evaluation", 0.0) * self.dataset.validation.n_tokens
+        settings = self.deadline.shortened(self.train, self.tokens, ending)
+        if settings is None:
+            return
+        self.train = settings
+        self.config = self.config.model_copy(update={"train": settings})
+        self.steps = settings.tokens // settings.batch_tokens
+        self.progress.total_tokens, self.progress.total_steps = settings.tokens, self.steps
+        self.record("shortened", total_tokens=settings.tokens, cooldown_tokens=settings.cooldown_tokens, time=_now())
+        self.progress.note(
+            f"slower than planned: the run now ends at step {self.steps:,} ({settings.tokens:,} tokens), to end in time"
+        )
+        self.save()
+        write_config(self.config, self.of.folder / "config.yaml")
 
     def step_numbers(self, result: StepResult, seconds: float) -> dict[str, Any]:
         """What metrics.jsonl says of a step."""
@@ -229,8 +258,9 @@ class Trainer:
         found = self.measured(max_tokens)
         record = self.record(
             "eval", loss=found.loss, perplexity=found.perplexity, bits_per_byte=found.bits_per_byte,
-            eval_tokens=found.tokens, eval_bytes=found.bytes, seconds=found.seconds,
+            eval_tokens=found.tokens, eval_bytes=found.bytes, part=found.part, seconds=found.seconds,
         )  # fmt: skip
+        self.took["evaluation"] = found.seconds / found.tokens
         self.progress.eval(record)
         return found
 
@@ -238,6 +268,7 @@ class Trainer:
         """Samples, recorded; the first is shown."""
         if self.sampler is None:
             return
+        began = time.perf_counter()
         records = [
             {"step": self.step, "tokens": self.tokens, **sample} for sample in self.sampler(self.model, self.step)
         ]
@@ -247,6 +278,7 @@ class Trainer:
                 self.listener({"kind": "sample", **record})
         if records:
             self.progress.sample(records[0])
+        self.took["sample"] = time.perf_counter() - began
 
     def save(self) -> None:
         """A checkpoint of everything that the next step depends on; older ones go, unless the run is in trouble."""
@@ -275,6 +307,7 @@ class Trainer:
             return
         if self.watch.calm:
             checkpoint.prune(self.folder, self.train.keep_checkpoints, resume.last_step_before_cooldown(self.config))
+        self.took["save"] = time.perf_counter() - began
         size = sum(file.stat().st_size for file in path.iterdir())
         name = path.relative_to(self.folder).as_posix()
         self.progress.save(self.record("save", path=name, bytes=size, seconds=time.perf_counter() - began))
@@ -303,7 +336,7 @@ class Trainer:
         checkpoint.restore(self.model.state_dict(), found.tensors["model"], found.path, "model")
         load_state_tensors(self.optimizer, self.model, found.tensors["optimizer"])
         runtime.set_random_state(found.tensors["random"])
-        self.watch = guard.Watch(found.state["watch"])
+        self.watch = guard.Watch(found.state["watch"], math.log(self.config.model.vocab_size))
         self.step, self.tokens, self.origin = found.state["step"], found.state["tokens"], found.state.get("origin")
 
     def on_signal(self, number: int) -> None:

@@ -77,7 +77,8 @@ class Progress:
         self._out.line(
             f"eval at step {integer_text(record['step'])}: held-out loss {number_text(record['loss'])}, "
             f"perplexity {number_text(record['perplexity'], 2)}, {number_text(record['bits_per_byte'])} bits per byte "
-            f"({integer_text(record['eval_tokens'])} tokens in {seconds_text(record['seconds'])})",
+            f"({'all ' if record.get('part') == 'whole' else ''}{integer_text(record['eval_tokens'])} tokens in "
+            f"{seconds_text(record['seconds'])})",
             style="bold",
         )
 
