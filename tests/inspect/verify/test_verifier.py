@@ -3,6 +3,7 @@ a check."""
 
 import contextlib
 import io
+import math
 import runpy
 import warnings
 from pathlib import Path
@@ -164,3 +165,61 @@ def test_verifying_afterwards_says_the_same_as_while_running():
         _, during = verified(PROGRAMS / name)
         assert [v.verdict for v in after.verdicts] == [v.verdict for v in during.verdicts]
         assert after.ok == during.ok == name.startswith("right")
+
+
+def made_nan(name):
+    """Programs in which a gradient is not finite, with the operation that makes it."""
+    if name == "where sqrt":
+        x = torch.tensor([0.0, 0.0, 9.0], requires_grad=True)
+        torch.where(x > 0, x.sqrt(), x).sum().backward()
+    elif name == "norm at zero":
+        w, x = torch.zeros(3, requires_grad=True), torch.tensor([0.0, 1.0, -1.0])
+        (w * x).abs().sqrt().sum().backward()
+    elif name == "masked row":
+        scores = torch.randn(3, 4, requires_grad=True)
+        mask = torch.tensor([[0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]]).bool()
+        (scores.masked_fill(mask, -math.inf).softmax(-1) @ torch.randn(4, 2)).sum().backward()
+    elif name == "targets":
+        w, target = torch.randn(4, requires_grad=True), torch.tensor([1.0, math.nan, 0.0, 2.0])
+        error = (w - target) ** 2
+        torch.where(target.isnan(), torch.zeros(4), error).sum().backward()
+    elif name == "second derivative":
+        x = torch.zeros(2, requires_grad=True)
+        (g,) = torch.autograd.grad(((x**2).sum(0) * torch.ones(2)).pow(1.5).sum(), x, create_graph=True)
+        g.sum().backward()
+
+
+@pytest.mark.parametrize(("name", "label"), [
+    ("where sqrt", "sqrt"), ("norm at zero", "sqrt"), ("masked row", "_softmax"), ("targets", "pow"),
+    ("second derivative", "pow"),
+])  # fmt: skip
+def test_a_gradient_that_is_not_finite_is_a_verdict_of_its_own(name, label):
+    recorder, result = verified(lambda: made_nan(name))
+    assert result.verdict == "wrong" and result.ok is False
+    assert result.wrong[0].verdict == "nonfinite"
+    assert recorder.graph.op(result.wrong[0].op).label == label
+    finite = name == "masked row"  # of its gradients none flows through the mask: its loss is NaN
+    assert finite or any(p.verdict == "nonfinite" for _, p in result.parameters)
+
+
+def test_a_loss_that_is_nan_is_said_with_the_operation_that_made_it():
+    def program():
+        w = torch.randn(3, requires_grad=True)
+        hidden = w.square() - 5
+        hidden.log().sum().backward()
+
+    recorder, result = verified(program)
+    first = result.wrong[0]
+    assert first.verdict == "nonfinite" and recorder.graph.op(first.op).label == "log"
+    assert "the loss itself is NaN" in first.text
+
+
+def test_what_is_not_finite_and_dropped_again_is_no_fault():
+    """sqrt(relu(x)): infinite at 0, of which relu keeps nothing."""
+
+    def program():
+        x = torch.tensor([-1.0, 4.0, 9.0], requires_grad=True)
+        torch.relu(x).sqrt().sum().backward()
+
+    _, result = verified(program)
+    assert not result.wrong and not result.wrong_parameters and result.ok

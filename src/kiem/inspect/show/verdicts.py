@@ -52,7 +52,12 @@ def headline(graph: Graph, result: Result) -> str:
         op = graph.op(result.wrong[0].op)
         others = len({v.op for v in result.wrong}) - 1
         more = f", and {_count(others, 'other operation')}" if others else ""
+        if result.wrong[0].verdict == "nonfinite":
+            return f"Not finite: {result.wrong[0].text or op.label}{more}. Checked: {what}."
         return f"Wrong: the gradient of {op.label} at {_place(op.source)}{more}. Checked: {what}."
+    if any(v.verdict == "nonfinite" for v in result.wrong_parameters):
+        titles = {graph.title(v.value) for v in result.wrong_parameters if v.verdict == "nonfinite"}
+        return f"Not finite: the gradient of {_list(sorted(titles))}. Checked: {what}."
     if result.wrong_parameters:
         titles = {graph.title(v.value) for v in result.wrong_parameters}
         return f"Wrong: the whole gradient of {_list(sorted(titles))}; no single operation. Checked: {what}."
@@ -139,6 +144,8 @@ def _first_wrong(graph: Graph, result: Result, write: _Writer) -> None:
     rows = [("called at", _place(op.source)), ("", op.source.text)]
     if op.backward_source:
         rows.append(("backward at", _place(op.backward_source)))
+    if verdict.text:
+        rows.append(("why", verdict.text))
     wrong = [i for i in verdict.inputs if i.verdict == "wrong"]
     for one in wrong[:3]:
         rows += _wrong_input(graph, one)

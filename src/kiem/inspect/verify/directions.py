@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kiem.inspect.graph.model import Op
@@ -22,9 +23,31 @@ def direction(op: Op, argument: str, x: Tensor, random: Random) -> Tensor:
     """Random, of the size of what it is added to, and of its structure where the operation reads only part of it."""
     along = random.like(x)
     along *= usual_size(x)
+    return _meant(op, argument, x, along)
+
+
+def _meant(op: Op, argument: str, x: Tensor, along: Tensor) -> Tensor:
+    """The part of a direction along which the operation's gradient is meant."""
     if STRUCTURE.get((op.label, argument)) == "normalised":
         return along - (x.exp() * along).sum(-1, keepdim=True)
     return without_padding(op, argument, structured(op, argument, along))
+
+
+def along_gradient(op: Op, argument: str, x: Tensor, gradient: Tensor, parts: bool) -> list[Tensor]:
+    """Along a gradient, of the size of what it is added to: a wrong factor of it shows there as nowhere else. With
+    `parts` along halves of its rows, too, cut by a bit of their number, so that a row that is wrong is in one of each
+    two. None along a gradient that is zero or not finite."""
+    size = gradient.abs().max() if gradient.numel() else gradient.sum()
+    if not bool(torch.isfinite(size)) or not bool(size > 0):
+        return []
+    along = (gradient * (usual_size(x) / usual_size(gradient))).to(x.dtype)
+    ways = [along]
+    rows = x.shape[0] if x.dim() else 1
+    for bit in range(min((rows - 1).bit_length(), 3) if parts else 0):
+        chosen = (torch.arange(rows, device=x.device) >> bit) % 2
+        for half in (chosen, 1 - chosen):
+            ways.append(along * half.view(-1, *[1] * (x.dim() - 1)).to(x.dtype))
+    return [_meant(op, argument, x, way) for way in ways if bool(way.any())]
 
 
 def structured(op: Op, argument: str, tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ end."""
 from __future__ import annotations
 
 import time
+from collections.abc import Set
 
 import torch
 
@@ -11,10 +12,23 @@ from kiem.inspect import rules
 from kiem.inspect.graph.layouts import at_elements, elements, with_elements
 from kiem.inspect.graph.model import BackwardCall, Graph
 from kiem.inspect.verify.directions import without_padding
-from kiem.inspect.verify.judge import NOISE, REPEATS, InputVerdict, Noise, Random, inner, judge, usual_size
+from kiem.inspect.verify.judge import (
+    FINE,
+    NOISE,
+    ROUNDINGS,
+    Evidence,
+    InputVerdict,
+    Noise,
+    Random,
+    inner,
+    judge,
+    repeats,
+    usual_size,
+)
 from kiem.inspect.verify.numeric import derivative
 from kiem.inspect.verify.operation import surrogate
 from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, changes_what_has_a_gradient, leading_to, widen
+from kiem.inspect.verify.slices import Slices
 
 SECONDS = 20.0  # for numeric derivatives of single leaves; all of them together are always differentiated
 
@@ -24,21 +38,40 @@ class Unchecked(Exception):
 
 
 def whole_verdicts(
-    graph: Graph, call: BackwardCall, recorded: Tensors, leaves: Tensors, roots: dict[tuple, torch.Tensor]
+    graph: Graph,
+    call: BackwardCall,
+    recorded: Tensors,
+    leaves: Tensors,
+    roots: dict[tuple, torch.Tensor],
+    opaque: Set[int] = frozenset(),
 ) -> tuple[list[InputVerdict], list[str]]:
     """A verdict for each leaf that got a gradient in this call, and notes. `roots`: the gradient with which the call
-    began, by key. Raises Unchecked with the reason if the way cannot be run again."""
+    began, by key; `opaque`: operations of which not all of the inside was seen. Raises Unchecked with the
+    reason if the way cannot be run again."""
     if not leaves:
         return [], []
     reached = [step.op for step in call.steps if step.op is not None]
     try:
-        return _Whole(graph, call, recorded, leaves, roots, min(reached, default=0)).verdicts()
+        return _Whole(graph, call, recorded, leaves, roots, min(reached, default=0), opaque).verdicts()
     except Exception as reason:
         raise Unchecked(str(reason).splitlines()[0][:160] if str(reason) else type(reason).__name__) from reason
 
 
+def unlike_numbers(graph: Graph, leaves: Tensors) -> list[InputVerdict]:
+    """Verdicts for the leaves whose gradient is NaN or infinite, where that is all that is known."""
+    found = []
+    for leaf, grad in leaves.items():
+        bad = ~torch.isfinite(elements(grad).abs())
+        if bool(bad.any()):
+            value = graph.value(leaf)
+            result = InputVerdict(graph.title(leaf), leaf, "nonfinite", value.dtype, shape=value.shape)
+            result.nonfinite, result.got = int(bad.sum()), elements(grad)[bad][0].item()
+            found.append(result)
+    return found
+
+
 class _Whole:
-    def __init__(self, graph, call, recorded, leaves, roots, start):
+    def __init__(self, graph, call, recorded, leaves, roots, start, opaque):
         self.graph, self.call, self.got, self.recorded = graph, call, leaves, recorded
         # What ran under no_grad is a constant.
         ran = (
@@ -48,7 +81,7 @@ class _Whole:
         self.ops = leading_to(graph, ran, call.roots)
         families = {op.parent for op in self.ops}
         for op in self.ops:
-            if op.kind == "compiled" or (op.kind == "function" and op.index not in families):
+            if op.kind == "compiled" or op.index in opaque or (op.kind == "function" and op.index not in families):
                 raise CannotReplay(f"what happens inside {op.name} at {op.source} was not recorded")
         self.closed = all(rules.find(op.name) is not None for op in self.ops if op.kind == "op" and op.edges)
         self.replay = Replay(graph, self.ops, recorded, cut=True)
@@ -141,9 +174,14 @@ class _Whole:
         """Each leaf; first all of them along one direction, then each alone as long as there is time."""
         reference = self.gradients()
         squares = {leaf: torch.zeros_like(x, dtype=torch.float64) for leaf, x in reference.items()}
-        for _ in range(REPEATS):
+        times = repeats(self.unit)
+        slices = {leaf: Slices() for leaf in reference} if self.unit > FINE else {}
+        for _ in range(times):
             for leaf, other in self.gradients(Noise(self.random)).items():
-                squares[leaf] += ((other - reference[leaf]).abs() / NOISE).square() / REPEATS
+                change = other - reference[leaf]
+                squares[leaf] += (change.abs() / NOISE).square() / times
+                if leaf in slices:
+                    slices[leaf].add(reference[leaf], change, 1 / (times * NOISE**2))
         directions = {leaf: self._direction(leaf) for leaf in self.leaves}
         joint = self.numeric(directions)
         total = sum(inner(reference[leaf], d) for leaf, d in directions.items())
@@ -168,17 +206,24 @@ class _Whole:
                 number = type(joint)(joint.value - shift, joint.error, joint.low - shift, joint.high - shift)
             judge(
                 result,
-                at_elements(widen(self.got[leaf]), self.recorded[first]),
-                reference[leaf],
-                moved,
-                unit,
-                along,
-                number,
-                lambda there, leaf=leaf: self.numeric({leaf: there}),
-                lambda leaf=leaf: self._sides(leaf),
-                self.closed,
+                Evidence(
+                    got=at_elements(widen(self.got[leaf]), self.recorded[first]),
+                    reference=reference[leaf],
+                    moved=moved,
+                    unit=unit,
+                    direction=along,
+                    number=number,
+                    numeric=lambda there, leaf=leaf: self.numeric({leaf: there}),
+                    sides=lambda leaf=leaf: self._sides(leaf),
+                    independent=self.closed,
+                    slices=slices.get(leaf),
+                    roundings=2 * ROUNDINGS,  # forward and backward
+                    coarsest=1.0,  # the sign and size of the whole; each operation was held to more
+                ),
             )
-            if leaf in meant:
+            if result.nonfinite:
+                result.verdict = "nonfinite"
+            if leaf in meant and not result.nonfinite:
                 result.verdict = "hook"
                 notes.append(f"{name}: {meant[leaf]}")
             elif value.hooks:

@@ -3,12 +3,18 @@
 Bounds. An algorithm that is stable errs as if each number in it had been rounded a few times. So the reference is
 computed again with every input, result and arriving gradient changed by relative noise, which shows how far one
 rounding moves each element: `moved`. What is allowed is that times the number of roundings: 8, and for sums of k
-terms k/4 more in the type that sums are kept in. Nothing here is a setting."""
+terms k/4 more in the type that sums are kept in. Nothing here is a setting.
+
+Sharpness. Roundings of single elements average out over a row or a tensor, a wrong factor does not: in coarse types
+sums over slices are compared as well (slices.py), and where there is only the number, it is taken along the gradient
+itself, too. Of each gradient it is known which relative error would have shown (`sharpness`); where that is more than
+a fifth the verdict is `coarse`, as nothing was found but nothing can be said."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +23,13 @@ from torch import Tensor
 
 from kiem.inspect.graph.layouts import elements, regular
 from kiem.inspect.verify.numeric import Derivative
+from kiem.inspect.verify.slices import Slices
 
 NOISE = 2.0**-26  # relative; far above float64's rounding, far below where formulas stop being straight
-REPEATS = 2
+COARSEST = 0.2  # relative error of a whole gradient that must show
+ROUNDINGS = 8.0  # of a stable algorithm
+OUTLIER = 64.0  # times what is usual
+FINE = 2.0**-12  # types of a unit below need no sums over slices: no wrong factor hides in their bounds
 ROW = 262_139  # a prime: no dimension of a tensor falls in step with it
 
 
@@ -29,7 +39,7 @@ class InputVerdict:
 
     argument: str
     value: int
-    verdict: str  # ok, wrong, kink
+    verdict: str  # ok, kink, wrong, nonfinite, coarse
     dtype: torch.dtype
     along: float = 0.0  # (a) along the random direction
     numeric: float = 0.0  # (b)
@@ -42,6 +52,13 @@ class InputVerdict:
     got: float | None = None
     wrong_elements: int = 0
     shape: tuple[int, ...] = ()
+    nonfinite: int = 0  # elements of what the program got
+    sharpness: float = 0.0  # the smallest relative error of the whole that would have shown
+
+
+def repeats(unit: float) -> int:
+    """Samples of noise: more where sums over slices are judged by them."""
+    return 2 if unit <= FINE else 4
 
 
 def usual_size(tensor: Tensor) -> float:
@@ -124,36 +141,107 @@ class Noise:
         return None if gradient is None else self._random.shaken(gradient)
 
 
-def judge(
-    result: InputVerdict,
-    got: Tensor,
-    reference: Tensor | None,
-    moved: Tensor | None,
-    unit: float,
-    direction: Tensor,
-    number: Derivative,
-    numeric: Callable[[Tensor], Derivative],
-    sides: Callable[[], tuple[Tensor, Tensor]],
-    independent: bool = False,
-) -> None:
-    """Fill in the verdict of one gradient: `got` against `reference`, element by element, and both against the
-    number. `independent`: the reference owes nothing to autograd, so where both say the same, a number that says
-    something else did not settle.
+@dataclass(slots=True)
+class Evidence:
+    """On one gradient: what the program got, in float64; a reference with how far one rounding moves each of its
+    elements (None: there is none); the number along a direction, and how to take it along others.
 
-    At a kink the number is no judge: elements whose reference jumps between the `sides` are left out of the
-    direction, and there any value between the sides is a derivative that autograd may choose."""
-    result.numeric, result.numeric_error, result.along = number.value, number.error, inner(got, direction)
-    if reference is None:
-        _by_number(result, got, unit, direction, number)
+    `sides`: the reference a little to both sides of the input. `independent`: the reference owes nothing to autograd,
+    so where both say the same, a number that says something else did not settle. `slices`: sums over slices, of coarse
+    types. `others`: numbers along other directions. `roundings`: on the way, of sums over slices. `coarsest`: the
+    relative error of the whole that must show. `size`: of the terms whose derivative the number is. `arrived`:
+    something arrived that was not finite, so that what is not finite of `got` is no fault of it."""
+
+    got: Tensor
+    reference: Tensor | None
+    moved: Tensor | None
+    unit: float
+    direction: Tensor
+    number: Derivative
+    numeric: Callable[[Tensor], Derivative]
+    sides: Callable[[], tuple[Tensor, Tensor]]
+    independent: bool = False
+    slices: Slices | None = None
+    others: Callable[[], Sequence[tuple[Tensor, Derivative]]] = tuple
+    roundings: float = ROUNDINGS
+    coarsest: float = COARSEST
+    size: float = 0.0
+    arrived: bool = False
+
+
+def judge(result: InputVerdict, given: Evidence) -> None:
+    """Fill in the verdict of one gradient: against the reference, element by element, and both against the number.
+
+    At a kink the number is no judge: elements whose reference jumps between the sides are left out of the direction,
+    and there any value between the sides is a derivative that autograd may choose."""
+    result.numeric, result.numeric_error = given.number.value, given.number.error
+    result.along = inner(given.got, given.direction)
+    if _plainly_right(result, given):
         return
+    finite = torch.isfinite(given.got.abs())
+    if given.reference is None:
+        _by_number(result, _where(given, finite))
+    else:
+        known = torch.isfinite(given.reference.abs())
+        _by_reference(result, _where(given, finite & known))
+        if bool((apart := finite & ~known).any()) and result.verdict != "wrong":
+            _without_reference(result, _where(given, apart))
+    if not given.arrived and not bool(finite.all()):
+        _note_nonfinite(result, given, ~finite)
+
+
+def _note_nonfinite(result: InputVerdict, given: Evidence, bad: Tensor) -> None:
+    """A gradient that is NaN or infinite where the reference is finite is a verdict; where neither is finite, it
+    depends on whether it reaches a leaf (verifier.py)."""
+    first = bad
+    result.nonfinite = int(bad.sum())
+    if given.reference is not None and bool((alone := bad & torch.isfinite(given.reference.abs())).any()):
+        result.verdict, result.wrong_elements, first = "nonfinite", int(alone.sum()), alone
+    where = first.reshape(-1).to(torch.uint8).argmax()
+    result.element = tuple(int(i) for i in torch.unravel_index(where, bad.shape)) if bad.dim() else ()
+    result.got = _number(given.got.reshape(-1)[where])
+    result.expected = None if given.reference is None else _number(given.reference.reshape(-1)[where])
+
+
+def _where(given: Evidence, kept: Tensor) -> Evidence:
+    """The evidence on some elements, 0 in place of the others."""
+    if bool(kept.all()):
+        return given
+    direction = given.direction * kept
+    return dataclasses.replace(
+        given,
+        got=torch.where(kept, given.got, 0.0),
+        reference=None if given.reference is None else torch.where(kept, given.reference, 0.0),
+        moved=None if given.moved is None else torch.where(kept, given.moved, 0.0),
+        direction=direction,
+        number=given.numeric(direction),
+        sides=lambda: tuple(torch.where(kept, side, 0.0) for side in given.sides()),
+        slices=None,
+    )
+
+
+def _without_reference(result: InputVerdict, given: Evidence) -> None:
+    """Elements at which the reference is not finite and what the program got is: the number alone speaks of them."""
+    verdict, given = result.verdict, dataclasses.replace(given, reference=None, others=tuple)
+    own = dataclasses.replace(result)
+    own.along = inner(given.got, given.direction)
+    _by_number(own, given)
+    if own.verdict == "wrong" or not math.isfinite(given.number.error):
+        result.verdict = "wrong" if own.verdict == "wrong" else "coarse"
+        result.units, result.bound, result.expected, result.got = own.units, own.bound, own.expected, own.got
+        result.numeric, result.numeric_error, result.along = given.number.value, given.number.error, own.along
+        result.reference = ""
+    else:
+        result.verdict = "kink" if own.verdict == "kink" else verdict
+
+
+def _by_reference(result: InputVerdict, given: Evidence) -> None:
+    got, reference, unit, direction, number = given.got, given.reference, given.unit, given.direction, given.number
     tiny = 8 * torch.finfo(result.dtype).tiny
-    moved = _with_neighbours(moved)
-    if _plainly_right(result, got, reference, moved, unit, direction, number):
-        return
+    moved = _with_neighbours(given.moved)
     allowed = unit * (moved + reference.abs())
     floor = float(moved.mean()) if moved.numel() else 0.0
     error = (got - reference).abs()
-    error = torch.where(torch.isfinite(reference.abs()), error.nan_to_num(nan=math.inf), 0.0)
     ratio = torch.where(error <= tiny, 0.0, error / allowed.clamp_min(tiny * unit))
     mismatch = ratio > result.bound
     result.units = float(ratio.max()) if ratio.numel() else 0.0
@@ -161,26 +249,35 @@ def judge(
     slack += 1e-6 * float((reference.abs() * direction.abs()).square().sum().sqrt())
     kinked = None
     if number.kink:
-        kinked, between = _between(got, sides(), allowed * result.bound, 1e-3 * (floor + reference.abs().max()))
+        kinked, between = _between(got, given.sides(), allowed * result.bound, 1e-3 * (floor + reference.abs().max()))
         mismatch &= ~(kinked & between)
         direction = direction * ~kinked
-        number = numeric(direction)
-        result.numeric, result.numeric_error, result.along = number.value, number.error, inner(got, direction)
+        number = given.numeric(direction)
+    result.numeric, result.numeric_error, result.along = number.value, number.error, inner(got, direction)
+    right = "ok" if kinked is None else "kink"
     certified = number.low - slack <= inner(reference, direction) <= number.high + slack
     agrees = number.low - slack <= result.along <= number.high + slack
-    if not certified and not (independent and not mismatch.any()):
+    if not certified and not (given.independent and not mismatch.any()):
         result.reference = ""  # the number speaks against it and decides alone
-        _by_number(result, got, unit, direction, number)
-        if agrees:
-            result.verdict = "ok" if kinked is None else "kink"
+        _by_number(result, dataclasses.replace(given, direction=direction, number=number))
+        if agrees and result.verdict != "coarse":
+            result.verdict = right
         return
-    if not mismatch.any():
-        result.verdict = "ok" if kinked is None else "kink"
-        return
-    where = ratio.argmax()
-    result.verdict, result.wrong_elements = "wrong", int(mismatch.sum())
-    result.element = tuple(int(i) for i in torch.unravel_index(where, error.shape)) if error.dim() else ()
-    result.expected, result.got = _number(reference.reshape(-1)[where]), _number(got.reshape(-1)[where])
+    sliced = given.slices.judge(got, reference, given.moved, moved, unit, given.roundings) if given.slices else None
+    result.sharpness = _sharpness(reference, moved, allowed, unit, result.bound)
+    if sliced is not None:
+        result.sharpness = min(result.sharpness, sliced.sharpness)
+    if mismatch.any():
+        where = ratio.argmax()
+        result.wrong_elements = int(mismatch.sum())
+        result.element = tuple(int(i) for i in torch.unravel_index(where, error.shape)) if error.dim() else ()
+        result.expected, result.got = _number(reference.reshape(-1)[where]), _number(got.reshape(-1)[where])
+        result.verdict = "wrong"
+    elif sliced is not None and sliced.wrong and kinked is None:
+        result.verdict, result.expected, result.got = "wrong", sliced.expected, sliced.got
+        result.units, result.bound = sliced.units, sliced.bound
+    else:
+        result.verdict = right if result.sharpness <= given.coarsest else "coarse"
 
 
 def _between(got: Tensor, sides: tuple[Tensor, Tensor], slack: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,56 +292,89 @@ def _between(got: Tensor, sides: tuple[Tensor, Tensor], slack: Tensor, size: Ten
     return kinked, (got >= low - slack) & (got <= high + slack)
 
 
-def _by_number(result: InputVerdict, got: Tensor, unit: float, direction: Tensor, number: Derivative) -> None:
-    """Only the derivative along the direction is known."""
-    scale = max(abs(number.value), float((got.abs() * direction.abs()).square().sum().sqrt()))
-    allowed = unit * result.bound * 5 * scale + 4 * number.error + 8 * torch.finfo(result.dtype).tiny
-    if scale:
-        result.units, result.bound = abs(result.along - number.value) / (unit * scale), allowed / (unit * scale)
-    if not number.low - allowed <= result.along <= number.high + allowed:
-        result.verdict, result.expected, result.got = "wrong", number.value, result.along
-    elif number.kink:
-        result.verdict = "kink"
+def _sharpness(reference: Tensor, moved: Tensor, allowed: Tensor, unit: float, bound: float) -> float:
+    """The smallest relative error of all elements that one of them would have shown. Where terms cancel down to their
+    roundings, the gradient is zero as far as its type can say, and that is what was checked."""
+    if reference.numel() == 0:
+        return 0.0
+    if float(reference.abs().max()) <= ROUNDINGS * unit * float(moved.max()):
+        return 0.0
+    return bound / float((reference.abs() / allowed.clamp_min(torch.finfo(torch.float64).tiny)).max())
+
+
+def _by_number(result: InputVerdict, given: Evidence) -> None:
+    """Only derivatives along directions are known."""
+    unit, got, bound = given.unit, given.got, result.bound
+    usual = float(got.abs().square().mean().sqrt()) if got.numel() else 0.0
+    sharpness, worst = math.inf, -1.0
+    zero = True  # as the gradient, so every number, to a thousandth of its terms
+    for direction, number in ((given.direction, given.number), *given.others()):
+        if not math.isfinite(number.error):
+            continue  # it did not settle
+        along, size = inner(got, direction), got.abs() * direction.abs()
+        scale = max(abs(number.value), float(size.square().sum().sqrt()))
+        spread = 5 * float(((got.abs() + usual) * direction.abs()).square().sum().sqrt()) + float(size.sum())
+        allowed = unit * bound * min(5 * scale, spread) + 4 * number.error + 8 * torch.finfo(result.dtype).tiny
+        right = number.low - allowed <= along <= number.high + allowed
+        zero &= along == 0.0 and allowed <= 1e-3 * given.size
+        if max(abs(along), abs(number.value)):
+            sharpness = min(sharpness, allowed / max(abs(along), abs(number.value)))
+        near = math.inf if not right else abs(along - number.value) / allowed if math.isfinite(allowed) else 0.0
+        if near > worst and (scale or not right):
+            worst, result.numeric, result.numeric_error, result.along = near, number.value, number.error, along
+            if scale:
+                result.units, result.bound = abs(along - number.value) / (unit * scale), allowed / (unit * scale)
+        if not right:
+            result.verdict, result.expected, result.got = "wrong", number.value, along
+            return
+    kink = given.number.kink
+    nothing = sharpness == math.inf and math.isfinite(given.number.error)
+    result.sharpness = 0.0 if nothing or (zero and usual == 0.0) else sharpness
+    result.verdict = "coarse" if result.sharpness > given.coarsest else "kink" if kink else "ok"
 
 
 def _with_neighbours(moved: Tensor) -> Tensor:
     """A few samples of noise can leave an element unmoved by chance: it gets what is usual in its row and in the
-    tensor."""
+    tensor. A few that noise throws from one branch to the other say nothing of the rest."""
     moved = moved.nan_to_num(nan=0.0, posinf=0.0)
     if moved.numel() == 0:
         return moved
     usual = torch.linalg.vector_norm(moved) / math.sqrt(moved.numel())
+    flat = moved.reshape(-1)
+    some = flat[:: max(1, flat.numel() // 4096)]
+    if bool((some := some[some > 0]).numel()):
+        usual = torch.minimum(usual, OUTLIER * some.median())
     if moved.dim() > 0:
-        usual = usual + torch.linalg.vector_norm(moved, dim=-1, keepdim=True) / math.sqrt(moved.shape[-1])
+        row = torch.linalg.vector_norm(moved, dim=-1, keepdim=True) / math.sqrt(moved.shape[-1])
+        usual = usual + torch.minimum(row, OUTLIER * usual)
     return moved.add_(usual)
 
 
-def _plainly_right(
-    result: InputVerdict,
-    got: Tensor,
-    reference: Tensor,
-    moved: Tensor,
-    unit: float,
-    direction: Tensor,
-    number: Derivative,
-) -> bool:
-    """The same as `judge` for what is right, finite and smooth, in one pass over parts that fit a cache."""
-    if number.kink or got.is_complex() or reference.is_complex():
+def _plainly_right(result: InputVerdict, given: Evidence) -> bool:
+    """The same as `judge` for what is right, finite, smooth and of a fine type, in one pass over parts that fit a
+    cache."""
+    got, reference, unit, number = given.got, given.reference, given.unit, given.number
+    if reference is None or number.kink or given.slices or got.is_complex() or reference.is_complex():
         return False
     tiny = 8 * torch.finfo(result.dtype).tiny
-    parts = [t.reshape(-1).split(ROW) for t in (got, reference, moved, direction)]
+    moved = _with_neighbours(given.moved)
+    parts = [t.reshape(-1).split(ROW) for t in (got, reference, moved, given.direction)]
     worst = slack = along = 0.0
     for part, ref, move, way in zip(*parts, strict=True) if got.numel() else ():
         size = ref.abs()
         allowed = (move + size).mul_(unit)
         ratio = (part - ref).abs_().sub_(tiny).clamp_min_(0.0).div_(allowed.clamp_min(tiny * unit))
-        worst = max(worst, float(ratio.max()))
+        here = float(ratio.max())
         slack += float((allowed * way).square_().sum())
         along += float((size * way).square_().sum())
-        if not worst <= result.bound:
+        if not here <= result.bound:  # or it is not finite
             return False
+        worst = max(worst, here)
+    sharpness = 0.0 if along == 0.0 else result.bound * math.sqrt(slack / along)
     slack = 5 * math.sqrt(slack) * result.bound + 4 * number.error + tiny + 1e-6 * math.sqrt(along)
-    result.units = worst
+    if not sharpness <= given.coarsest:
+        return False
+    result.units, result.sharpness = worst, sharpness
     return number.low - slack <= result.along <= number.high + slack
 
 

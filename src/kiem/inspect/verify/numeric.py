@@ -53,6 +53,48 @@ def derivative(
     return best
 
 
+def noisy_derivative(phi: Callable[[float], float], reaches: tuple[float, ...] = (0.5, 0.125, 0.03125)) -> Derivative:
+    """d phi / d e at 0 of a function that rounds coarsely: the slope of polynomials fitted to 33 points. How far the
+    points scatter about the fit is the rounding; how far the slopes of fits of degree 3 and 5 are apart is what is left
+    of the curvature. Of the reaches the one with the least error."""
+    best: Derivative | None = None
+    for reach in reaches:
+        places = [reach * math.sin(math.pi * k / 33) for k in range(-16, 17)]
+        values = [phi(e) for e in places]
+        one = _fitted(places, values, reach)
+        if best is None or one.error < best.error:
+            best = one
+    assert best is not None
+    return best
+
+
+def _fitted(places: list[float], values: list[float], reach: float) -> Derivative:
+    if not all(map(math.isfinite, values)):
+        return Derivative(math.nan, math.inf, -math.inf, math.inf)
+    slope, scatter = _slope(places, values, reach, 5)
+    error = scatter + abs(slope - _slope(places, values, reach, 3)[0])
+    sides = []
+    for half in (slice(0, len(places) // 2 + 1), slice(len(places) // 2, None)):
+        side, spread = _slope(places[half], values[half], reach, 3)
+        sides.append((side, spread + abs(side - _slope(places[half], values[half], reach, 2)[0])))
+    (left, one), (right, other) = sides
+    if abs(left - right) > 4 * max(one + other, error):
+        return Derivative(slope, max(one, other), min(left, right), max(left, right), abs(left - right))
+    return Derivative(slope, error, slope, slope, abs(left - right))
+
+
+def _slope(places: list[float], values: list[float], reach: float, degree: int) -> tuple[float, float]:
+    """Of a polynomial fitted to points, at 0, with its standard error by how the points scatter."""
+    import numpy
+
+    matrix = numpy.vander(numpy.array(places) / reach, degree + 1, increasing=True)
+    fit, *_ = numpy.linalg.lstsq(matrix, numpy.array(values), rcond=None)
+    rest = numpy.array(values) - matrix @ fit
+    variance = float(rest @ rest) / (len(places) - degree - 1)
+    share = float(numpy.linalg.inv(matrix.T @ matrix)[1, 1])
+    return float(fit[1]) / reach, math.sqrt(variance * share) / reach
+
+
 def _straight(up: float, down: float, half: float, rounding: float) -> bool:
     """Whether a function is linear, as far as three of its points tell."""
     return abs(up + down) <= rounding and abs(up - 2 * half) <= 2 * rounding

@@ -20,13 +20,15 @@ from kiem.inspect import rules
 from kiem.inspect.graph.layouts import at_elements, can_be_written_out, elements, regular, with_elements, written_out
 from kiem.inspect.graph.model import BackwardCall, Graph, Op, Step
 from kiem.inspect.graph.schema import flatten
-from kiem.inspect.verify.directions import direction, structured
-from kiem.inspect.verify.judge import NOISE, REPEATS, InputVerdict, Noise, Random, inner, judge
-from kiem.inspect.verify.numeric import Derivative, derivative
+from kiem.inspect.verify.directions import along_gradient, direction, structured
+from kiem.inspect.verify.judge import FINE, NOISE, Evidence, InputVerdict, Noise, Random, inner, judge, repeats
+from kiem.inspect.verify.numeric import Derivative, derivative, noisy_derivative
 from kiem.inspect.verify.precision import roundings_of_positions
 from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, leading_to, widen, with_tensors
+from kiem.inspect.verify.slices import Slices
 
 # On an accelerator these sum in the type itself, one element after the other.
+FEW = 32  # elements of which each is moved alone, where there is no reference
 ATOMIC = {"index_add", "scatter_add", "index_put", "gather", "index_select", "index"}
 
 
@@ -34,7 +36,8 @@ ATOMIC = {"index_add", "scatter_add", "index_put", "gather", "index_select", "in
 class Verdict:
     """Of one operation: ok, wrong, nonfinite (a gradient is NaN or infinite), kink (right where there is a derivative),
     zero (no gradient arrived), coarse (checked, but an error of a fifth would not have shown), unchecked. `declared`:
-    unchecked because the program says that its backward is no derivative."""
+    unchecked because the program says that its backward is no derivative. `opaque`: called again as a whole, as not all
+    of its inside was seen."""
 
     op: int
     verdict: str
@@ -43,6 +46,7 @@ class Verdict:
     closed_form: bool = False
     backward: int = 0
     declared: bool = False
+    opaque: bool = False
 
 
 class Function:
@@ -144,15 +148,24 @@ class _Check:
                     laid_out = self.function.outputs(self.inputs)
                     self.outputs = [elements(y) for y in laid_out]
                 self._reproduces()
+                if self.op.kind == "function" and not called:
+                    self._faithful()
                 break
             except (RuntimeError, NotImplementedError, TypeError, CannotReplay) as reason:
                 failed = reason
         else:
             raise failed if isinstance(failed, CannotReplay) else CannotReplay(str(failed).splitlines()[0][:160])
-        self.cotangents = [
+        arrived = [
             None if g is None or not differentiable(y) else at_elements(widen(g).to(y.device), y)
             for y, g in zip(laid_out, self._arrived(into), strict=True)
         ]
+        # Backward is linear: what is finite of what it gave owes nothing to what arrived as NaN or infinite.
+        self.nonfinite_arrived = any(g is not None and not torch.isfinite(g.abs()).all() for g in arrived)
+        self.cotangents = [
+            torch.where(torch.isfinite(g.abs()), g, 0.0) if g is not None and self.nonfinite_arrived else g
+            for g in arrived
+        ]
+        self.nonfinite_made = any(not torch.isfinite(y.abs()).all() for y in self.outputs if differentiable(y))
         return laid_out
 
     def _arrived(self, into: tuple) -> list[Tensor | None]:
@@ -199,6 +212,33 @@ class _Check:
             if not abs(norm - stats.norm) <= allowed + 1e-30:
                 raise CannotReplay(f"run again it gives a result of norm {norm:.6g}, the program had {stats.norm:.6g}")
 
+    def _faithful(self) -> None:
+        """A Function that computes with a kernel of its own, or in numpy, shows only part of its inside: where that may
+        be so, it is called again on other inputs, and what was recorded must give what it gives."""
+        values, ops, inside_ = self.graph, self.function.ops, {o.index for o in self.function.ops}
+        first = min((v for o in ops for v in o.outputs), default=0)
+        read = {v for o in ops for _, v in o.inputs} - set(self._needed())
+        unseen = any(values.value(v).producer not in inside_ and v >= first for v in read)
+        drawn = any(o.random for o in self.graph.inside(self.op))  # it would draw other numbers
+        if drawn or (not unseen and not any("empty" in o.label for o in ops)):
+            return
+        moved = {
+            v: x + 2.0**-3 * self.random.like(x) * x.abs().mean() if x.is_floating_point() else x
+            for v, x in ((v, elements(self.recorded[v].clone())) for v in self._needed())
+        }
+        with torch.no_grad():
+            called = Function(self.graph, self.op, self.recorded, self.on_base, wide=False, called=True)(moved)
+            replayed = Function(self.graph, self.op, self.recorded, self.on_base, wide=False)(moved)
+        for there, here, before in zip(called, replayed, self.outputs, strict=True):
+            if not there.is_floating_point():
+                continue
+            there, here = widen(there), widen(here)
+            change = torch.linalg.vector_norm(there - widen(before))
+            if not torch.linalg.vector_norm(there - here) <= 0.5 * change + self._unit() * torch.linalg.vector_norm(
+                there
+            ):
+                raise CannotReplay("part of its inside is computed where it cannot be seen")
+
     def _unit(self) -> float:
         """The coarsest precision in which it computed."""
         family = self.function.ops if self.op.kind != "op" else [self.op]
@@ -216,21 +256,53 @@ class _Check:
         """The derivative of Σ g·y along directions of some inputs."""
 
         if self._only_moves():  # linear: f(x + v) - f(x) = f(v)
-            moved = self.function(self.inputs | directions)
-            along = sum(inner(g, y) for g, y in zip(self.cotangents, moved, strict=True) if g is not None)
+            along = self._weighed(self.function(self.inputs | directions))
             return Derivative(along, 1e-14 * abs(along), along, along)
 
         def phi(e: float) -> float:
             moved = self.inputs | {v: torch.add(self.inputs[v], d, alpha=e) for v, d in directions.items()}
-            return sum(
-                inner(g, widen(y)) for g, y in zip(self.cotangents, self.function(moved), strict=True) if g is not None
-            )
+            return self._weighed([widen(y) for y in self.function(moved)])
 
         with torch.no_grad():
-            size = sum(
-                float((g * y).abs().sum()) for g, y in zip(self.cotangents, self.outputs, strict=True) if g is not None
-            )
+            if not self.wide and self._unit() > FINE:
+                return noisy_derivative(phi)
+            size = self._weighed([y.abs() for y in self.outputs], absolute=True)
             return derivative(phi, size) if self.wide else derivative(phi, size, 2.0**-3, self._unit() / 2, tries=2)
+
+    def _weighed(self, outputs: list[Tensor], absolute: bool = False) -> float:
+        """Σ g·y, of real parts. An output that is not finite counts only where a gradient arrived for it."""
+        total = 0.0
+        for g, y in zip(self.cotangents, outputs, strict=True):
+            if g is None:
+                continue
+            y = torch.where(g == 0, 0.0, y) if self.nonfinite_made else y
+            total += float((g.abs() * y).sum()) if absolute else inner(g, y)
+        return total
+
+    def _others(self, value: int, got: Tensor) -> list[tuple[Tensor, Derivative]]:
+        """Numbers along the gradient itself and along parts of it, where one along a random direction is no sharp
+        judge."""
+        if self.wide and self._unit() <= FINE:
+            return []
+        x = self.inputs[value]
+        ways = along_gradient(self.op, self.names.get(value, ""), x, got.to(x.device), parts=self.wide)
+        return [(way, self.numeric({value: way})) for way in ways]
+
+    def _by_elements(self, value: int) -> Tensor | None:
+        """The gradient of an input of few elements, each moved alone; None if one of the derivatives did not settle."""
+        x, unit = self.inputs[value], self._unit()
+        if not self.wide or unit <= FINE or not 0 < x.numel() <= FEW or x.is_complex():
+            return None
+        found = torch.zeros_like(x)
+        size = direction(self.op, self.names.get(value, ""), x, self.random).abs().max()
+        for i in range(x.numel()):
+            way = torch.zeros_like(x)
+            way.view(-1)[i] = size
+            number = self.numeric({value: way})
+            if number.kink or not number.error <= 1e-3 * unit * abs(number.value) + 1e-12:
+                return None
+            found.view(-1)[i] = number.value / size
+        return found
 
     # -- (c) -----------------------------------------------------------------------------------------------------------
 
@@ -308,8 +380,14 @@ class _Check:
         op = self.op
         closed = self.rule is not None
         if all(g is None or not g.any() for g in self.cotangents):
-            wrong = [v for v, g in self.got.items() if g is not None and bool(g.any())]
-            if not wrong:
+            wrong = [
+                g
+                for g in self.got.values()
+                if g is not None and bool(torch.isfinite(g.abs()).logical_and(g != 0).any())
+            ]
+            if self.nonfinite_arrived and not wrong:
+                return Verdict(op.index, "unchecked", "only NaN or infinity arrived", closed_form=closed)
+            if not wrong and not any(g is not None and bool(g.isnan().any()) for g in self.got.values()):
                 return Verdict(op.index, "zero", "the gradient that arrived is zero", closed_form=closed)
         try:
             # In its own types, torch's derivative would be the one that is on trial: there the number alone decides.
@@ -321,21 +399,26 @@ class _Check:
                 return self.verdict()
             if self.op.kind == "op" and self.wide:
                 raise CannotReplay(str(reason).splitlines()[0][:120]) from None
-        moved = self._moved(reference) if reference else {}
-        results = [self._one(value, reference.get(value), moved.get(value)) for value in self.got]
+        moved, slices = self._moved(reference) if reference else ({}, {})
+        results = [self._one(v, reference.get(v), moved.get(v), slices.get(v)) for v in self.got]
         kinds = {r.verdict for r in results}
-        worst = "wrong" if "wrong" in kinds else "kink" if "kink" in kinds else "ok"
-        return Verdict(op.index, worst, "", results, closed)
+        worst = next((kind for kind in ("wrong", "nonfinite", "coarse", "kink") if kind in kinds), "ok")
+        return Verdict(op.index, worst, "", results, closed, opaque=self.function.called)
 
-    def _moved(self, reference: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _moved(self, reference: dict[int, Tensor]) -> tuple[dict[int, Tensor], dict[int, Slices]]:
+        """How far one rounding of everything moves each element, and in coarse types each sum over a slice."""
         squares = {v: torch.zeros_like(r, dtype=torch.float64) for v, r in reference.items()}
-        for _ in range(0 if self._only_moves() else REPEATS):
+        coarse = self._unit() > FINE
+        slices = {v: Slices() for v in reference} if coarse and not self._only_moves() else {}
+        times = repeats(self._unit())
+        for _ in range(0 if self._only_moves() else times):
             for value, other in self.references(noise=True).items():
-                change = (
-                    (other - reference[value]).abs_() if not other.is_complex() else (other - reference[value]).abs()
-                )
-                squares[value].addcmul_(change, change, value=1 / (REPEATS * NOISE**2))
-        return {v: s.sqrt_() for v, s in squares.items()}
+                change = other - reference[value]
+                if coarse:
+                    slices[value].add(reference[value], change, 1 / (times * NOISE**2))
+                change = change.abs_() if not change.is_complex() else change.abs()
+                squares[value].addcmul_(change, change, value=1 / (times * NOISE**2))
+        return {v: s.sqrt_() for v, s in squares.items()}, slices
 
     def _roundings(self, value: int, unit: float) -> float:
         shapes = [t.shape for t in (*self.inputs.values(), *self.outputs)]
@@ -349,31 +432,40 @@ class _Check:
         placed = roundings_of_positions(self.op.label, tuple(s for t in self.inputs.values() for s in t.shape[2:]))
         return 8 + terms / 4 * accumulated + placed
 
-    def _one(self, value: int, reference: Tensor | None, moved: Tensor | None) -> InputVerdict:
+    def _one(self, value: int, reference: Tensor | None, moved: Tensor | None, slices: Slices | None) -> InputVerdict:
         result = InputVerdict(
             self.names[value], value, "ok", self.graph.value(value).dtype, shape=tuple(self.inputs[value].shape)
         )
         if reference is not None:
             inside = "the operations inside, by torch" if self.op.kind != "op" else "torch, in float64"
             result.reference = "rule" if self.rule is not None else inside
+        elif (reference := self._by_elements(value)) is not None:
+            result.reference, moved = "number, element by element", reference.abs()
         unit = self._unit()
         result.bound = self._roundings(value, unit)
         direction = self.direction(value)
-        number = self.numeric({value: direction})
         got = self.got[value]
         # Beside the structure that an operation takes for granted, a gradient may be anything.
         meant = functools.partial(structured, self.op, self.names[value])
         judge(
             result,
-            torch.zeros_like(direction) if got is None else meant(got),
-            None if reference is None else meant(reference),
-            moved,
-            unit,
-            direction,
-            number,
-            lambda there: self.numeric({value: there}),
-            lambda: self._sides(value),
-            self.rule is not None,
+            Evidence(
+                got=torch.zeros_like(direction) if got is None else meant(got),
+                reference=None if reference is None else meant(reference),
+                moved=moved,
+                unit=unit,
+                direction=direction,
+                number=self.numeric({value: direction}),
+                numeric=lambda there: self.numeric({value: there}),
+                sides=lambda: self._sides(value),
+                independent=self.rule is not None,
+                slices=slices,
+                others=lambda: (
+                    [] if got is None else self._others(value, torch.where(torch.isfinite(got.abs()), got, 0.0))
+                ),
+                size=self._weighed([y.abs() for y in self.outputs], absolute=True) if reference is None else 0.0,
+                arrived=self.nonfinite_arrived,
+            ),
         )
         if got is None:
             result.got = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Container
@@ -12,8 +13,9 @@ import torch
 from kiem.errors import ConfigError
 from kiem.inspect.graph.model import BackwardCall, Dropped, Graph, Op, Pass, Source, Step
 from kiem.inspect.record.state import RecordState
-from kiem.inspect.verify.end_to_end import Unchecked, whole_verdicts
+from kiem.inspect.verify.end_to_end import Unchecked, unlike_numbers, whole_verdicts
 from kiem.inspect.verify.judge import InputVerdict
+from kiem.inspect.verify.nonfinite import backward_text, forward_verdict, nonfinite
 from kiem.inspect.verify.operation import Verdict, check
 
 PASSES = 3  # of a step of a loop that repeats
@@ -95,6 +97,8 @@ class Verifier:
         self._passes: Counter[int] = Counter()  # steps that did the same
         self._outer: BackwardCall | None = None  # that is under way
         self._skip = False
+        self._opaque: set[int] = set()  # operations of which not all of the inside was seen
+        self._made: list[Verdict] = []  # operations that made a gradient that is not finite of finite ones
         self._nodes: dict[int, dict[str, None]] = {}  # backward call -> notes on nodes that nobody recorded
         self._left_out: Counter[Source] = Counter()
 
@@ -145,13 +149,17 @@ class Verifier:
             name, place = state.graph.op(inner.op).label, state.graph.op(inner.op).source
             verdict.verdict, verdict.text = "unchecked", f"its backward runs that of {name} at {place}, which is wrong"
         self.result.verdicts.append(verdict)
-        self._count, self._wrong = self._count + 1, self._wrong + (verdict.verdict == "wrong")
+        if verdict.opaque:
+            self._opaque.add(op.index)
+        if any(map(nonfinite, step.out)) and not any(map(nonfinite, step.into)):
+            self._made.append(verdict)
+        self._count, self._wrong = self._count + 1, self._wrong + (verdict.verdict in BAD)
         if self._told is not None:
             self._told(f"verifying: backward call {self._calls + 1:,}, {self._count:,} operations checked, "
                        f"{self._wrong} wrong")  # fmt: skip
         self._since[call.index] = len(self.result.verdicts)
         sources = {state.graph.op(case.verdict.op).source for case in self.result.cases}
-        if verdict.verdict == "wrong" and len(sources) < CASES and op.source not in sources:
+        if verdict.verdict in BAD and len(sources) < CASES and op.source not in sources:
             held = state.kept.tensors
             inputs = {v: held[v].clone() for v in {v for _, v in op.inputs} if v in held}
             self.result.cases.append(Case(verdict, inputs, tuple(None if g is None else g.clone() for g in into)))
@@ -159,7 +167,7 @@ class Verifier:
     def _wrong_inside(self, call: BackwardCall) -> Verdict | None:
         """What was found wrong in a backward call that the last node of this call made."""
         recent = self.result.verdicts[self._since.get(call.index, 0) :]
-        return next((v for v in recent if v.verdict == "wrong" and v.backward > call.index), None)
+        return next((v for v in recent if v.verdict in BAD and v.backward > call.index), None)
 
     def backward_ended(self, state: RecordState, call: BackwardCall) -> None:
         """Check whole gradients; let go of what is no longer needed."""
@@ -178,17 +186,40 @@ class Verifier:
         """Check the whole gradients of a call."""
         leaves = {leaf: grad for (index, leaf), grad in self._leaves.items() if index == call.index}
         roots = {key: grad for (index, key), grad in self._roots.items() if index == call.index}
+        self._blame(state, call)
         covered = self._end_to_end and self._whole(state, call, leaves, roots)
         for note in (note for notes in self._nodes.values() for note in notes):
             # Autograd makes nodes of its own for views: where the whole is right, they are.
             self._note(note) if covered else self._gap("node", note)
         self._nodes.clear()
 
+    def _blame(self, state: RecordState, call: BackwardCall) -> None:
+        """Of a loss that is not finite, and of gradients that are not and reach a leaf or were asked for: where they
+        were made. What is made and dropped again, as by a mask or a clamp, is as it should be."""
+        graph, held = state.graph, state.kept.tensors
+        bad = [v for v in call.roots if nonfinite(graph.value(v))]
+        if bad:
+            self.result.verdicts.insert(self._first(call), forward_verdict(graph, call, bad, held, "the loss itself"))
+        inside = itertools.takewhile(
+            lambda c: c is call or c.nested, itertools.dropwhile(lambda c: c is not call, graph.backwards)
+        )
+        if not bad and any(nonfinite(g) for c in inside for g in c.leaf_grads.values()):
+            for verdict in self._made:
+                verdict.verdict = "nonfinite"
+                verdict.text = backward_text(graph, graph.op(verdict.op), call, held)
+        self._made.clear()
+
+    def _first(self, call: BackwardCall) -> int:
+        """Where the verdicts of a call begin."""
+        found = (i for i, v in enumerate(self.result.verdicts) if v.backward >= call.index)
+        return next(found, len(self.result.verdicts))
+
     def _whole(self, state: RecordState, call: BackwardCall, leaves: dict, roots: dict) -> bool:
         """Whether every leaf of a call could be checked, and none is wrong."""
         try:
-            verdicts, notes = whole_verdicts(state.graph, call, state.kept.tensors, leaves, roots)
+            verdicts, notes = whole_verdicts(state.graph, call, state.kept.tensors, leaves, roots, self._opaque)
         except Unchecked as reason:
+            self.result.parameters += [(call.index, v) for v in unlike_numbers(state.graph, leaves)]
             self._gap("end to end", f"End to end not checked for the backward call at {call.source}: {reason}")
             return False
         self.result.parameters += [(call.index, v) for v in verdicts]
