@@ -152,7 +152,7 @@ def evaluate(
             chosen = read_config(None, options=_options(data=data)).data.sources
             own = {"sources": [], "validation": chosen, "tokenizer": str(found.folder / "tokenizer")}
             text = config.data.model_copy(update=own)
-            dataset = make(text, found.tokenizer.vocab_size, config.seed, runtime.cache_dir(), progress)
+            dataset = make(text, found.tokenizer.vocab_size, runtime.cache_dir(), progress)
     model.model.compute_dtype = runtime.select_precision(config.train.precision, runtime.select_device(device))
     objective = NextToken(documents_apart=not config.data.cross_document_attention)
     return measure(model.model, dataset, config.train.micro_batch_tokens, objective=objective)
@@ -280,7 +280,7 @@ def _prepare(config: RunConfig, quiet: bool) -> "Dataset":
     from kiem.data.prepare import prepare as make
 
     with _counting(quiet) as progress:
-        return make(config.data, tokenizer_vocab_size(config), config.seed, runtime.cache_dir(), progress)
+        return make(config.data, tokenizer_vocab_size(config), runtime.cache_dir(), progress)
 
 
 @contextmanager

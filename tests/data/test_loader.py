@@ -26,14 +26,13 @@ def make(tmp_path_factory):
             (folder / str(number)).mkdir()
             for i, text in enumerate(documents):
                 (folder / str(number) / f"{i:04d}.txt").write_text(text)
-        weights = weights or [1.0] * len(sources)
+        weights = weights or [None] * len(sources)
         return prepare(
             DataConfig(
                 sources=[Source(path=str(folder / str(i)), weight=weight) for i, weight in enumerate(weights)],
                 validation=[Source(path=str(folder / str(len(sources))))],
                 tokenizer="bytes",
             ),
-            0,
             0,
             folder / "cache",
         )

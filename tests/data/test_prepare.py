@@ -11,118 +11,50 @@ import sys
 from pathlib import Path
 
 import pytest
+from corpora import config, contents, folder_of, texts
 
 from kiem.config.run import DataConfig, Source
-from kiem.data import holdout
 from kiem.data import prepare as module
-from kiem.data.holdout import HoldOut, Rule, scan_source
 from kiem.data.prepare import prepare
 from kiem.data.shards import open_dataset
-from kiem.data.sources import list_items
 from kiem.errors import DataError, StorageError
 
 
-def config(*paths, **fields):
-    sources = [path if isinstance(path, Source) else Source(path=str(path)) for path in paths]
-    return DataConfig(**({"sources": sources, "tokenizer": "bytes"} | fields))
-
-
-def folder_of(path, count, text=lambda i: f"document {i}\n" * (3 + i % 5)):
-    path.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        (path / f"{i:04d}.txt").write_text(text(i))
-    return path
-
-
-def texts(dataset, split):
-    """The documents of a split, checked to be laid out as the contract says."""
-    eot = dataset.tokenizer.eot_id
-    ids, starts = split.tokens(0, split.n_tokens).tolist(), split.document_starts(0, split.n_tokens).tolist()
-    assert ids[-1] == eot and all(ids[start] == eot for start in starts) and starts[:1] == [0] * bool(starts)
-    ends = [*starts[1:], len(ids) - 1]
-    return [dataset.tokenizer.decode(ids[a + 1 : b]) for a, b in zip(starts, ends, strict=True)]
-
-
-def contents(path):
-    """Every file of a prepared folder."""
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(Path(path).rglob("*")) if file.is_file()}
-
-
-def test_documents_are_held_out_by_their_text(tmp_path):
-    folder = folder_of(tmp_path / "text", 300)
-    (folder / "copy.txt").write_text((folder / "0007.txt").read_text())
-    data = config(folder, validation_fraction=0.1)
-    dataset = prepare(data, 0, 5, tmp_path / "cache")
-    train, held = texts(dataset, dataset.train[0][0]), texts(dataset, dataset.validation)
-    written = [file.read_text() for file in sorted(folder.iterdir())]
-    assert sorted(train + held) == sorted(written) and train == [text for text in written if text not in held]
-    assert 12 <= len(held) <= 50 and not set(train) & set(held)
-    report = dataset.report
-    assert (report["documents"], report["n_problems"]) == (301, 0)
-    assert report["bytes"] == sum(map(len, written)) and report["tokens"] == report["bytes"] + 301 + 2
-    assert report["validation"]["rule"] == (
-        f"{folder}: {len(held)} of 301 documents, by a hash of their text and the seed"
-    )
-    # neither other documents, nor their names or order, nor a second source move a document to the other side
-    other = tmp_path / "other"
-    for number, text in enumerate(reversed(written)):
-        folder_of(other, 0)
-        (other / f"x{number:03d}.txt").write_text(text)
-    second = prepare(
-        config(folder_of(tmp_path / "more", 90, lambda i: f"more {i}\n"), other, validation_fraction=0.1),
-        0,
-        5,
-        tmp_path / "cache",
-    )
-    assert set(held) == set(texts(second, second.validation)) & set(written)
-    assert set(held) != set(texts(*(lambda d: (d, d.validation))(prepare(data, 0, 6, tmp_path / "cache"))))
-
-
-@pytest.mark.parametrize(("lines", "fraction", "tail"), [(4000, 0.01, 32 * 1024), (400, 0.2, None), (200, 0.01, None)])
-def test_one_file_holds_out_its_end_from_the_start_of_a_line(tmp_path, lines, fraction, tail):
-    text = "".join(f"line number {i} of this text\n" for i in range(lines))
-    file = tmp_path / "a.txt"
-    file.write_text(text)
-    dataset = prepare(config(file, validation_fraction=fraction), 0, 0, tmp_path / "cache")
-    [train], [held] = texts(dataset, dataset.train[0][0]), texts(dataset, dataset.validation)
-    assert train + held == text and train.endswith("\n")
-    wanted = max(fraction * len(text), min(32 * 1024, len(text) // 20))
-    assert wanted <= len(held) < wanted + 60 and (tail is None or abs(len(held) - len(text) // 20) < 60)
-    rule = f"the last {len(held):,} of {len(text):,} bytes, from the start of a line"
-    assert rule in dataset.report["validation"]["rule"]
-    assert dataset.validation.document_names(0, 5) == [str(file)]
-
-
-@pytest.mark.parametrize("text", ["no line end at all " * 500, "ünïcödé" * 400, "\n" * 3000, "ab"])
-def test_texts_without_lines_are_divided_too(tmp_path, text):
-    (tmp_path / "a.txt").write_text(text)
-    dataset = prepare(config(tmp_path / "a.txt"), 0, 0, tmp_path / "cache")
-    train, held = texts(dataset, dataset.train[0][0]), texts(dataset, dataset.validation)
-    assert "".join(train + held) == text and train and held
-
-
-def test_long_files_and_records_stay_whole(tmp_path, monkeypatch):
+def test_long_records_stay_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("kiem.data.formats.PIECE", 64)
-    long = "".join(f"line {i}\n" for i in range(100))
-    (tmp_path / "a.txt").write_text(long)
     records = [f"{i} " * (1 + i * 7 % 90) for i in range(120)]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": record}) + "\n" for record in records))
-    for data in (config(tmp_path / "a.txt"), config(tmp_path / "b.jsonl", validation_fraction=0.2)):
-        dataset = prepare(data, 0, 1, tmp_path / "cache")
-        train, held = texts(dataset, dataset.train[0][0]), texts(dataset, dataset.validation)
-        joined = [train[0] + held[0]] if data.sources[0].path.endswith("txt") else sorted(train + held)
-        assert joined == ([long] if len(joined) == 1 else sorted(records))
+    dataset = prepare(config(tmp_path / "b.jsonl", validation_fraction=0.2), 0, tmp_path / "cache")
+    train, held = texts(dataset, dataset.train[0][0]), texts(dataset, dataset.validation)
+    assert sorted(train + held) == sorted(records) and held
 
 
 def test_validation_text_of_its_own(tmp_path):
     folder = folder_of(tmp_path / "text", 100)
     (tmp_path / "v.txt").write_text("held out\n")
-    dataset = prepare(config(folder, folder, validation=[Source(path=str(tmp_path / "v.txt"))]), 0, 0, tmp_path / "c")
+    dataset = prepare(config(folder, folder, validation=[Source(path=str(tmp_path / "v.txt"))]), 0, tmp_path / "c")
     assert texts(dataset, dataset.validation) == ["held out\n"]
     assert [len(texts(dataset, split)) for split, _ in dataset.train] == [100, 100]
     assert dataset.report["validation"]["rule"] == f"{tmp_path}/v.txt: all of it"
-    weighted = prepare(config(Source(path=str(folder), weight=3.0), folder), 0, 0, tmp_path / "c")
-    assert [share for _, share in weighted.train] == [0.75, 0.25] and not weighted.proportional
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares"), [((1, 1), [0.5, 0.5]), ((2, 2), [0.5, 0.5]), ((3, 1), [0.75, 0.25]), ((None, None), None)]
+)
+def test_weights_are_relative_and_none_means_by_size(tmp_path, weights, shares):
+    large = folder_of(tmp_path / "large", 90, lambda i: f"document {i} of the large folder\n")
+    small = folder_of(tmp_path / "small", 10, lambda i: f"small {i}\n")
+    sources = [Source(path=str(path), weight=weight) for path, weight in zip((large, small), weights, strict=True)]
+    dataset = prepare(config(*sources), 0, tmp_path / "c")
+    found = [share for _, share in dataset.train]
+    assert dataset.proportional == (shares is None)
+    sizes = [split.n_tokens for split, _ in dataset.train]
+    assert found == (shares or [size / sum(sizes) for size in sizes])
+
+
+def test_weights_of_only_some_sources_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"b has no weight and others have one: give every source a weight .*or none"):
+        config(Source(path="a", weight=1.0), "b")
 
 
 def test_the_tokenizer_never_sees_what_is_held_out(tmp_path):
@@ -134,7 +66,7 @@ def test_the_tokenizer_never_sees_what_is_held_out(tmp_path):
         for i in range(200)
     ]
     folder = folder_of(tmp_path / "text", 200, lambda i: f" {words[i]}" * 40)
-    dataset = prepare(config(folder, tokenizer="bpe", validation_fraction=0.1), 3000, 0, tmp_path / "cache")
+    dataset = prepare(config(folder, tokenizer="bpe", validation_fraction=0.1), 3000, tmp_path / "cache")
     train, held = (texts(dataset, split) for split in (dataset.train[0][0], dataset.validation))
     assert len(held) > 8
 
@@ -144,42 +76,27 @@ def test_the_tokenizer_never_sees_what_is_held_out(tmp_path):
     assert known(train) == len(train) and known(held) == 0
 
 
-def test_the_sample_is_bounded_even_and_the_same_in_any_order(tmp_path, monkeypatch):
-    folder = folder_of(tmp_path / "text", 200)
-    items = list_items(Source(path=str(folder)))
-
-    def sampled(items):
-        sample = holdout.Sample(limit=3000)
-        scan = scan_source(items, "text", Rule("error", print), HoldOut("none", 0.1, 0), 0, sample)
-        return sample.training_texts([scan])
-
-    chosen = sampled(items)
-    assert sampled(items[::-1]) == chosen and 2500 < sum(map(len, chosen)) <= 3000
-    numbers = sorted(int(text.split()[1]) for text in chosen)
-    assert numbers[0] < 40 and numbers[-1] > 160
-
-
 def test_other_tokenizers(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("hello world\n" * 30 + "only at the end: ß\n")
-    chars = prepare(config(file, tokenizer="chars"), 0, 0, tmp_path / "cache")
+    chars = prepare(config(file, tokenizer="chars"), 0, tmp_path / "cache")
     assert chars.tokenizer.vocab_size == len(set(file.read_text())) + 1
-    bpe = prepare(config(file, tokenizer="bpe"), 300, 0, tmp_path / "cache")
-    own = prepare(config(file, tokenizer=str(bpe.path / "tokenizer")), 0, 0, tmp_path / "cache")
+    bpe = prepare(config(file, tokenizer="bpe"), 300, tmp_path / "cache")
+    own = prepare(config(file, tokenizer=str(bpe.path / "tokenizer")), 0, tmp_path / "cache")
     assert own.fingerprint == bpe.fingerprint and own.path != bpe.path
     with pytest.raises(DataError, match="tokenizer nowhere: it does not exist"):
-        prepare(config(file, tokenizer="nowhere"), 0, 0, tmp_path / "cache")
-    only = prepare(config(file, tokenizer="bpe"), 260, 0, tmp_path / "cache", tokenizer_only=True)
-    assert only.tokenizer.vocab_size == 260 and only.train == [] and only.report["documents"] == 0
-    assert prepare(config(file, tokenizer="bpe"), 260, 0, tmp_path / "cache").tokenizer.digest == only.tokenizer.digest
+        prepare(config(file, tokenizer="nowhere"), 0, tmp_path / "cache")
+    only = prepare(config(file, tokenizer="bpe"), 260, tmp_path / "cache", tokenizer_only=True)
+    assert only.tokenizer.vocab_size == 260 and only.train == [] and only.report["tokens"] == 0
+    assert prepare(config(file, tokenizer="bpe"), 260, tmp_path / "cache").tokenizer.digest == only.tokenizer.digest
 
 
 def test_the_cache_is_by_content(tmp_path, monkeypatch):
     folder, cache = folder_of(tmp_path / "text", 50), tmp_path / "cache"
-    first = prepare(config(folder), 0, 0, cache)
+    first = prepare(config(folder), 0, cache)
     folder.rename(tmp_path / "moved")
     monkeypatch.setattr(module, "_encode", lambda *_: pytest.fail("prepared again"))
-    moved = prepare(config(tmp_path / "moved"), 0, 0, cache)
+    moved = prepare(config(tmp_path / "moved"), 0, cache)
     assert moved.fingerprint == first.fingerprint and moved.path == first.path
     assert moved.report["sources"][0]["path"] == str(tmp_path / "moved")
     monkeypatch.undo()
@@ -187,29 +104,28 @@ def test_the_cache_is_by_content(tmp_path, monkeypatch):
     stat = changed.stat()
     changed.write_text(changed.read_text()[::-1])
     os.utime(changed, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert prepare(config(tmp_path / "moved"), 0, 0, cache).fingerprint != first.fingerprint
+    assert prepare(config(tmp_path / "moved"), 0, cache).fingerprint != first.fingerprint
     paths = {
-        prepare(config(tmp_path / "moved", **fields), size, seed, cache).path
-        for fields, size, seed in (
-            ({}, 0, 0),
-            ({}, 0, 1),
-            ({"validation_fraction": 0.2}, 0, 0),
-            ({"on_bad_text": "error"}, 0, 0),
-            ({"tokenizer": "bpe"}, 300, 0),
-            ({"tokenizer": "bpe"}, 301, 0),
+        prepare(config(tmp_path / "moved", **fields), size, cache).path
+        for fields, size in (
+            ({}, 0),
+            ({"validation_fraction": 0.2}, 0),
+            ({"on_bad_text": "error"}, 0),
+            ({"tokenizer": "bpe"}, 300),
+            ({"tokenizer": "bpe"}, 301),
         )
     }
-    assert len(paths) == 6
+    assert len(paths) == 5
 
 
 def test_a_damaged_cache_is_made_again(tmp_path):
     folder, cache = folder_of(tmp_path / "text", 50), tmp_path / "cache"
-    first = prepare(config(folder), 0, 0, cache)
+    first = prepare(config(folder), 0, cache)
     before = contents(first.path)
     (first.path / "train-000-00000.bin").write_bytes(b"zero")
     with pytest.raises(DataError, match="bytes where there should be"):
         open_dataset(first.path)
-    assert prepare(config(folder), 0, 0, cache).fingerprint == first.fingerprint
+    assert prepare(config(folder), 0, cache).fingerprint == first.fingerprint
     assert contents(first.path) == before
 
 
@@ -217,7 +133,7 @@ def test_problems_are_in_the_report(tmp_path):
     folder, cache = folder_of(tmp_path / "text", 20), tmp_path / "cache"
     (folder / "!bad.txt").write_bytes(b"caf\xe9")
     for _ in range(2):  # the second time from the cache
-        report = prepare(config(folder), 0, 0, cache).report
+        report = prepare(config(folder), 0, cache).report
         assert report["n_problems"] == 1 and report["documents"] in (20, 21)
         assert report["problems"] == [
             {
@@ -227,12 +143,12 @@ def test_problems_are_in_the_report(tmp_path):
                 "what": "not UTF-8 (byte 0xe9 at offset 3)",
             }
         ]
-    replaced = prepare(config(folder, on_bad_text="replace"), 0, 0, cache)
+    replaced = prepare(config(folder, on_bad_text="replace"), 0, cache)
     assert "caf\ufffd" in texts(replaced, replaced.train[0][0])
     with pytest.raises(DataError, match=r"!bad\.txt, line 1: not UTF-8"):
-        prepare(config(folder, on_bad_text="error"), 0, 0, cache)
+        prepare(config(folder, on_bad_text="error"), 0, cache)
     with pytest.raises(DataError, match=r"no text in it that can be used \(1 problems, the first: .*not UTF-8"):
-        prepare(config(folder / "!bad.txt"), 0, 0, cache)
+        prepare(config(folder / "!bad.txt"), 0, cache)
 
 
 class Stop(Exception):
@@ -273,7 +189,7 @@ def corpus(tmp_path):
 def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(tmp_path, many_shards):
     data = corpus(tmp_path)
     calls = []
-    undisturbed = prepare(data, 0, 0, tmp_path / "a", progress=lambda *now: calls.append(now))
+    undisturbed = prepare(data, 0, tmp_path / "a", progress=lambda *now: calls.append(now))
     expected = contents(undisturbed.path)
     assert len([name for name in expected if name.startswith("train-000") and name.endswith(".bin")]) > 5
     assert calls[-1] == tuple(undisturbed.report[key] for key in ("documents", "bytes", "tokens"))
@@ -281,12 +197,12 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(tmp_path, many_shards
     for after in range(1, len(calls), 31):
         cache = tmp_path / f"b{after}"
         with pytest.raises(Stop):
-            prepare(data, 0, 0, cache, progress=interrupting(after))
+            prepare(data, 0, cache, progress=interrupting(after))
         [folder] = (path for path in (cache / "data").iterdir() if path.is_dir())
         with pytest.raises(DataError, match="not prepared data"):
             open_dataset(folder)
         kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
-        result = prepare(data, 0, 0, cache)
+        result = prepare(data, 0, cache)
         assert contents(result.path) == expected
         again = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
         lost = [name for name in kept if name in again and again[name] != kept[name]]
@@ -296,19 +212,19 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(tmp_path, many_shards
 
 def test_a_half_written_shard_is_not_data(tmp_path, many_shards):
     data = corpus(tmp_path)
-    expected = contents(prepare(data, 0, 0, tmp_path / "a").path)
+    expected = contents(prepare(data, 0, tmp_path / "a").path)
     with pytest.raises(Stop):
-        prepare(data, 0, 0, tmp_path / "b", progress=interrupting(60))
+        prepare(data, 0, tmp_path / "b", progress=interrupting(60))
     [folder] = (path for path in (tmp_path / "b" / "data").iterdir() if path.is_dir())
     damaged = sorted(folder.glob("train-000-*.bin"))[1]
     damaged.write_bytes(damaged.read_bytes()[:-10])
     sorted(folder.glob("note-*.json"))[0].write_text("{")
-    assert contents(prepare(data, 0, 0, tmp_path / "b").path) == expected
+    assert contents(prepare(data, 0, tmp_path / "b").path) == expected
 
 
 def test_a_full_disk_is_said_and_gone_on_from(tmp_path, many_shards, monkeypatch):
     data = corpus(tmp_path)
-    expected = contents(prepare(data, 0, 0, tmp_path / "a").path)
+    expected = contents(prepare(data, 0, tmp_path / "a").path)
     close, closed = module.ShardWriter.close, []
 
     def full(self):
@@ -319,11 +235,11 @@ def test_a_full_disk_is_said_and_gone_on_from(tmp_path, many_shards, monkeypatch
 
     monkeypatch.setattr(module.ShardWriter, "close", full)
     with pytest.raises(StorageError, match=r"No space left on device.*goes on from it"):
-        prepare(data, 0, 0, tmp_path / "b")
-    assert contents(prepare(data, 0, 0, tmp_path / "b").path) == expected
+        prepare(data, 0, tmp_path / "b")
+    assert contents(prepare(data, 0, tmp_path / "b").path) == expected
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="choose another folder"):
-        prepare(data, 0, 0, tmp_path / "file")
+        prepare(data, 0, tmp_path / "file")
 
 
 def test_text_that_changes_meanwhile_leaves_no_data(tmp_path, many_shards):
@@ -334,9 +250,9 @@ def test_text_that_changes_meanwhile_leaves_no_data(tmp_path, many_shards):
         victim.write_text("another text")
 
     with pytest.raises(DataError, match="changed while it was read"):
-        prepare(data, 0, 0, tmp_path / "cache", progress=change)
+        prepare(data, 0, tmp_path / "cache", progress=change)
     assert not [path for path in (tmp_path / "cache" / "data").iterdir() if path.is_dir()]
-    prepare(data, 0, 0, tmp_path / "cache")
+    prepare(data, 0, tmp_path / "cache")
 
 
 # -- other processes ---------------------------------------------------------------------------------------------------
@@ -357,7 +273,7 @@ def progress(*now):
     if len(calls) == options.get("kill"):
         os.kill(os.getpid(), signal.SIGKILL)
 data = DataConfig.model_validate_json(json.dumps(options["data"]))
-dataset = module.prepare(data, options.get("vocab_size", 0), 0, Path(options["cache"]), progress)
+dataset = module.prepare(data, options.get("vocab_size", 0), Path(options["cache"]), progress)
 assert "torch" not in sys.modules
 # Not getrusage: what it says of a child begins with the memory of its parent.
 status = Path("/proc/self/status")
@@ -378,18 +294,18 @@ def finish(process):
 
 def test_killed_it_goes_on_to_the_same_bytes(tmp_path, many_shards):
     data = corpus(tmp_path)
-    expected = contents(prepare(data, 0, 0, tmp_path / "a").path)
+    expected = contents(prepare(data, 0, tmp_path / "a").path)
     for kill in (1, 40, 90):  # the same cache: killed three times
         assert finish(start(data, tmp_path / "b", small=True, kill=kill))[0] == -signal.SIGKILL
-    assert contents(prepare(data, 0, 0, tmp_path / "b").path) == expected
+    assert contents(prepare(data, 0, tmp_path / "b").path) == expected
 
 
 def test_two_processes_do_not_disturb_each_other(tmp_path, many_shards):
     data = corpus(tmp_path)
-    expected = contents(prepare(data, 0, 0, tmp_path / "a").path)
+    expected = contents(prepare(data, 0, tmp_path / "a").path)
     results = [finish(process) for process in [start(data, tmp_path / "b", small=True) for _ in range(2)]]
     assert [code for code, _ in results] == [0, 0] and results[0][1]["fingerprint"] == results[1][1]["fingerprint"]
-    assert contents(prepare(data, 0, 0, tmp_path / "b").path) == expected
+    assert contents(prepare(data, 0, tmp_path / "b").path) == expected
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc for a process's peak memory")

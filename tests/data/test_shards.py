@@ -136,7 +136,7 @@ def test_another_tokenizer_or_format_is_refused(tmp_path):
     folder = write_dataset(tmp_path)
     body = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(body | {"format": 99}))
-    with pytest.raises(DataError, match="data of format 99, this version reads format 1"):
+    with pytest.raises(DataError, match="data of format 99, this version reads format 2"):
         open_dataset(folder)
     (folder / MANIFEST).write_text(json.dumps(body))
     shards.Tokenizer(bytes_tokenizer().core, "a").save(folder / "tokenizer")
@@ -174,8 +174,8 @@ def test_weights(tmp_path):
     def shares(weights):
         return [share for _, share in open_dataset(folder, weights).train]
 
-    assert shares(None) == shares([1.0, 1.0]) == [8 / 19, 11 / 19]  # no weights: in proportion to the tokens
-    assert shares([3.0, 1.0]) == [0.75, 0.25] and shares([2.0, 2.0]) == [0.5, 0.5]
+    assert shares(None) == [8 / 19, 11 / 19]  # no weights: in proportion to the tokens
+    assert shares([3.0, 1.0]) == [0.75, 0.25] and shares([2.0, 2.0]) == shares([1.0, 1.0]) == [0.5, 0.5]
     prints = {open_dataset(folder, weights).fingerprint for weights in (None, [3.0, 1.0])}
     assert len(prints) == 1
     with pytest.raises(DataError, match="1 weights for 2 sources"):

@@ -62,7 +62,7 @@ def run(tmp_path, monkeypatch):
             "train": {"tokens": 128, "batch_tokens": 64, "micro_batch_tokens": 32},
         }
     )
-    dataset = prepare(config.data, 257, 5, tmp_path / "cache")
+    dataset = prepare(config.data, 257, tmp_path / "cache")
     loop.train(resolve(config, 257), Run(tmp_path / "run"), dataset, quiet=True)
     return tmp_path / "run"
 

@@ -19,7 +19,7 @@ from kiem.training import loop
 
 folder, values = Path(sys.argv[1]), json.loads(sys.argv[2])
 config = RunConfig(data={"sources": [{"path": str(folder / "text.txt")}], "tokenizer": "bytes"}, **values)
-dataset = prepare(config.data, 258, 0, folder / "cache")
+dataset = prepare(config.data, 258, folder / "cache")
 config = resolve(config, dataset.tokenizer.vocab_size)
 plan = predict.plan(config)
 loop.train(config, Run(folder / "run"), dataset, quiet=True)

@@ -21,7 +21,7 @@ def test_a_real_run_writes_the_documented_keys(tmp_path):
     lengths |= {"eval_every": 1, "save_every": 1, "sample_every": 1}
     data = {"sources": [str(tmp_path / "text.py")], "tokenizer": "bytes"}
     config = read_config({"model": model, "data": data, "train": lengths})
-    dataset = prepare(config.data, 257, 0, tmp_path / "cache")
+    dataset = prepare(config.data, 257, tmp_path / "cache")
     config = resolve(config, dataset.tokenizer.vocab_size)
     folder = tmp_path / "run"
     folder.mkdir()

@@ -99,7 +99,7 @@ def make_data(folder, steps):
     text = "\n\n".join(" ".join(rng.choice(["alpha", "beta", "gamma", "delta"]) for _ in range(9)) for _ in range(60))
     (folder / "text.txt").write_text(text)
     config = configuration(folder, steps)
-    print(prepare(config.data, 257, config.seed, folder).path, flush=True)
+    print(prepare(config.data, 257, folder).path, flush=True)
 
 
 def run_training(folder, steps, run, fault):

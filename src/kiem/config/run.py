@@ -26,10 +26,13 @@ class Source(Config):
         description="file, folder, glob, '-' (standard input), 'python' (the Python standard "
         "library of this machine), or 'hf:NAME' (Hugging Face datasets, needs kiem[hub])",
     )
-    weight: float = Field(
-        1.0, gt=0.0, le=1e6, description="share of the training tokens, relative to the other sources"
+    weight: float | None = Field(
+        None,
+        gt=0.0,
+        le=1e6,
+        description="share of the training tokens, relative to the weights of the other sources; default: by size",
     )
-    text_key: str = Field("text", min_length=1, description="field or column of the text in JSONL, Parquet, datasets")
+    text_key: str | None = Field(None, min_length=1, description="as data.text_key, for this source")
 
 
 class DataConfig(Config):
@@ -47,11 +50,26 @@ class DataConfig(Config):
     tokenizer_vocab_size: int | None = Field(
         None, ge=258, le=1_000_000, description="entries of a trained bpe tokenizer"
     )
+    text_key: str = Field(
+        "text",
+        min_length=1,
+        description="field or column of the text in JSONL, Parquet and datasets; a.b is field b of field a",
+    )
     on_bad_text: Literal["skip", "replace", "error"] = Field(
         "skip",
         description="a document that is not valid UTF-8: left out, read with U+FFFD in place of bad bytes, or refused",
     )
     cross_document_attention: bool = Field(False, description="let packed documents see the ones before them")
+
+    @model_validator(mode="after")
+    def _all_weighted_or_none(self) -> "DataConfig":
+        without = [source.path for source in self.sources if source.weight is None]
+        if 0 < len(without) < len(self.sources):
+            raise ValueError(
+                f"data.sources: {', '.join(without[:5])} has no weight and others have one: give every source a weight "
+                "(PATH=WEIGHT), or none (then shares follow the sizes of the texts)"
+            )
+        return self
 
 
 class TrainConfig(Config):

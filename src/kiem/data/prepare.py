@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from kiem.config.run import DataConfig, Source
 from kiem.data.formats import ChangedError, Item, Problem, Rule, read_item
-from kiem.data.holdout import TRAIN, VALIDATION, HoldOut, Piece, Sample, Scan, scan_source, split_item
+from kiem.data.holdout import TRAIN, VALIDATION, Piece, Sample, Scan, scan_sources, split_item
 from kiem.data.shards import (
     FORMAT,
     MANIFEST,
@@ -43,7 +43,7 @@ from kiem.data.sources import list_items
 from kiem.data.tokenizer import Tokenizer, bytes_tokenizer, chars_tokenizer, train_bpe
 from kiem.errors import DataError, StorageError
 
-VERSION = 1  # raise it when the same text and options give other tokens: it is part of the cache's key
+VERSION = 2  # raise it when the same text and options give other tokens: it is part of the cache's key
 SHARD_BYTES = 64 * 1024 * 1024
 SHARD_DOCUMENTS = 1_000_000  # documents a shard has at most, so that its list of them stays small
 BATCH_CHARACTERS = 512 * 1024  # for each core: text that is encoded at once
@@ -65,11 +65,14 @@ class _Job:
     data: DataConfig
     vocab_size: int
     tokenizer: Tokenizer | None  # None: made from the text
-    seed: int
 
-    def hold_out(self, source: int) -> HoldOut:
-        rule = "all" if source >= self.n_train else "hash" if self.data.validation is None else "none"
-        return HoldOut(rule, self.data.validation_fraction, self.seed)
+    def rule(self, source: int) -> str:
+        """What is held out of a source (see holdout.scan_sources)."""
+        return "all" if source >= self.n_train else "divide" if self.data.validation is None else "none"
+
+    def text_key(self, source: Source) -> str:
+        """The field of the text in the records of a source."""
+        return source.text_key or self.data.text_key
 
     def options(self) -> dict:
         """Everything but the text that decides the tokens."""
@@ -78,11 +81,10 @@ class _Job:
             "version": VERSION,
             "tokenizer": self.data.tokenizer if trained else self.tokenizer.digest,
             "vocab_size": self.vocab_size if self.data.tokenizer == "bpe" else None,
-            "text_keys": [source.text_key for source in self.sources],
+            "text_keys": [self.text_key(source) for source in self.sources],
             "train_sources": self.n_train,
             "validation_fraction": self.data.validation_fraction if self.data.validation is None else None,
             "on_bad_text": self.data.on_bad_text,
-            "seed": self.seed,
         }
 
     def key(self) -> str:
@@ -93,7 +95,6 @@ class _Job:
 def prepare(
     data: DataConfig,
     vocab_size: int,
-    seed: int,
     cache: Path,
     progress: Progress | None = None,
     tokenizer_only: bool = False,
@@ -118,9 +119,9 @@ def prepare(
             data,
             vocab_size,
             tokenizer,
-            seed,
         )
-        weights = [source.weight for source in data.sources]
+        given = [source.weight for source in data.sources if source.weight is not None]
+        weights = given if len(given) == len(data.sources) else None  # all or none have one (config/run.py)
         names = [source.path for source in sources]
         folder = Path(cache) / "data" / job.key()
         with suppress(DataError):  # not there, or damaged
@@ -177,29 +178,28 @@ def _scan(job: _Job, folder: Path) -> tuple[list[Scan], _Problems, Tokenizer]:
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
         problems.count, problems.first = known["n_problems"], known["problems"]
-        scans = [Scan(**scan | {"cut": scan["cut"] and tuple(scan["cut"])}) for scan in known["scans"]]
+        scans = [Scan(**scan | {"held": [tuple(place) for place in scan["held"]]}) for scan in known["scans"]]
         return scans, problems, Tokenizer.load(folder / "tokenizer")
     except (OSError, ValueError, KeyError, TypeError, DataError):
         problems = _Problems()
-    sample, characters, scans = Sample(), set(), []
-    bad = Rule(job.data.on_bad_text, problems)
-    for number, (source, items) in enumerate(zip(job.sources, job.items, strict=True)):
-        before = problems.count
-        scans.append(
-            scan_source(
-                items,
-                source.text_key,
-                bad,
-                job.hold_out(number),
-                number,
-                sample if job.data.tokenizer == "bpe" and number < job.n_train else None,
-                characters.update if job.data.tokenizer == "chars" else None,
-            )
-        )
-        if not scans[-1].documents:
-            first = problems.first[before : before + 1]
-            because = f" ({problems.count - before} problems, the first: {Problem(**first[0])})" if first else ""
-            raise DataError(f"source {source.path}: no text in it that can be used{because}")
+    sample, characters, before = Sample(), set[str](), [0]
+
+    def check(number: int, scan: Scan) -> None:
+        if not scan.documents:
+            first = problems.first[before[-1] : before[-1] + 1]
+            because = f" ({problems.count - before[-1]} problems, the first: {Problem(**first[0])})" if first else ""
+            raise DataError(f"source {job.sources[number].path}: no text in it that can be used{because}")
+        before.append(problems.count)
+
+    scans = scan_sources(
+        [(items, job.text_key(source)) for source, items in zip(job.sources, job.items, strict=True)],
+        Rule(job.data.on_bad_text, problems),
+        [job.rule(number) for number in range(len(job.sources))],
+        job.data.validation_fraction,
+        sample if job.data.tokenizer == "bpe" else None,
+        characters.update if job.data.tokenizer == "chars" else None,
+        check,
+    )
     tokenizer = job.tokenizer
     if job.data.tokenizer == "bpe":
         tokenizer = train_bpe(sample.training_texts(scans), job.vocab_size)
@@ -258,7 +258,7 @@ def _encode_source(
         done.append(note["shards"])
         start, ended = tuple(note["next"]), note["ended"]
         for shard in note["shards"]:
-            counter.add(shard["documents"], shard["bytes"], shard["tokens"])
+            counter.add(shard["begun"], shard["bytes"], shard["tokens"])
     encoded = _encoded(tokenizer, _places(job, number, scan, start))
     last = number == len(job.sources) - 1
     while not ended:
@@ -294,9 +294,9 @@ def _fill(
     for place, piece, ids in encoded:
         writer, n_bytes = pair[piece.side], len(piece.text.encode())
         if piece.starts:
-            writer.start(tokenizer.eot_id, piece.origin)
+            writer.start(tokenizer.eot_id, piece.origin, piece.counts)
         writer.add(ids, n_bytes)
-        counter.add(int(piece.starts), n_bytes, len(ids) + piece.starts)
+        counter.add(int(piece.counts), n_bytes, len(ids) + piece.starts)
         if writer.n_tokens * writer.dtype.itemsize >= SHARD_BYTES or writer.n_documents >= SHARD_DOCUMENTS:
             return (place[0], place[1] + 1), False
     return place, True
@@ -319,8 +319,8 @@ def _places(job: _Job, number: int, scan: Scan, start: tuple[int, int]) -> Itera
     quiet = Rule("skip" if job.data.on_bad_text == "error" else job.data.on_bad_text, lambda problem: None)
     for index in range(start[0], len(job.items[number])):
         item = job.items[number][index]
-        documents = read_item(item, job.sources[number].text_key, quiet)
-        for count, piece in enumerate(split_item(index, documents, scan, job.hold_out(number))):
+        documents = read_item(item, job.text_key(job.sources[number]), quiet)
+        for count, piece in enumerate(split_item(index, documents, scan, job.data.validation_fraction)):
             if (index, count) >= start:
                 yield (index, count), piece
 
@@ -359,8 +359,9 @@ def _batches(pieces: Iterator, size: int) -> Iterator[list]:
 def _report(job: _Job, scans: list[Scan], problems: _Problems, train: list[list[dict]], validation: list[dict]) -> dict:
     """What was found, in numbers; the same for the same text whenever and wherever it is made."""
 
-    def total(shards: list[dict]) -> dict:
-        return {key: sum(shard[key] for shard in shards) for key in ("documents", "bytes", "tokens")}
+    def total(shards: list[dict], scans: Sequence[Scan], held: bool) -> dict:
+        documents = sum(scan.held_documents if held else scan.documents for scan in scans)
+        return {"documents": documents} | {key: sum(shard[key] for shard in shards) for key in ("bytes", "tokens")}
 
     sources = [
         {
@@ -372,12 +373,12 @@ def _report(job: _Job, scans: list[Scan], problems: _Problems, train: list[list[
         }
         for source, items, scan in zip(job.sources, job.items, scans, strict=True)
     ]
-    for source, shards in zip(sources, train, strict=False):
-        source["training"] = total(shards)
+    for source, shards, scan in zip(sources, train, scans, strict=False):
+        source["training"] = total(shards, [scan], False)
     return {
-        **total([*chain(*train), *validation]),
-        "training": total([*chain(*train)]),
-        "validation": total(validation),
+        **total([*chain(*train), *validation], scans, False),
+        "training": total([*chain(*train)], scans[: job.n_train], False),
+        "validation": total(validation, scans, True),
         "sources": sources,
         "problems": problems.first,
         "n_problems": problems.count,

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import zstandard
 
+from kiem.data.holdout import NOT_HELD_OUT
 from kiem.data.tokenizer import Tokenizer
 from kiem.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-NOT_HELD_OUT = "none of it"  # in the report: of a source beside which there is validation text
 VERIFY_UP_TO = 1 << 30  # bytes: a larger data set is opened by size, and checked in full on request
 
 
@@ -44,7 +44,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype
-        self.n_tokens = self.n_bytes = 0
+        self.n_tokens = self.n_bytes = self.n_begun = 0
         self._starts, self._names = array.array("L"), []
         self._file = open(folder / f"{name}.bin.tmp", "wb")  # noqa: SIM115, closed by close or abandon
 
@@ -52,9 +52,11 @@ class ShardWriter:
     def n_documents(self) -> int:
         return len(self._starts)
 
-    def start(self, eot_id: int, origin: str | None = None) -> None:
-        """The end of text; with an origin it begins a document, without one it ends the split."""
+    def start(self, eot_id: int, origin: str | None = None, counts: bool = True) -> None:
+        """The end of text; with an origin it begins a document, without one it ends the split. `counts`: the document
+        is not the rest of one that a held-out passage was taken from."""
         if origin is not None:
+            self.n_begun += counts
             self._starts.append(self.n_tokens)
             self._names.append(origin.replace("\n", " "))
         self.add(np.array([eot_id]), 0)
@@ -70,7 +72,7 @@ class ShardWriter:
         if not self.n_tokens:
             self._file.close()
             os.unlink(self._file.name)
-            return {"name": self.name, "tokens": 0, "documents": 0, "bytes": 0, "files": {}}
+            return {"name": self.name, "tokens": 0, "documents": 0, "begun": 0, "bytes": 0, "files": {}}
         _close_durably(self._file)
         temporary = {"bin": Path(self._file.name)}
         names = "".join(f"{name}\n" for name in self._names).encode("utf-8", "surrogateescape")
@@ -91,6 +93,7 @@ class ShardWriter:
             "name": self.name,
             "tokens": self.n_tokens,
             "documents": self.n_documents,
+            "begun": self.n_begun,
             "bytes": self.n_bytes,
             "files": files,
         }
@@ -275,7 +278,7 @@ def open_dataset(
 ) -> Dataset:
     """Open prepared data. Checks the manifest, the size of every file, and up to 1 GiB their checksums (see `verify`).
 
-    `weights`: of the sources, relative; None, or all 1.0: in proportion to their tokens. `names`: what all the sources
+    `weights`: of the sources, relative; None: in proportion to their tokens. `names`: what all the sources
     are called now, in messages and in the report; the same text may have been prepared under another name.
     """
     path = Path(path)
@@ -289,8 +292,8 @@ def open_dataset(
         Split(path, f"source {source['path']}", shards, dtype)
         for source, shards in zip(report["sources"], body["train"], strict=False)
     ]
-    proportional = weights is None or all(weight == 1.0 for weight in weights)
-    if proportional:
+    proportional = weights is None
+    if weights is None:
         weights = [split.n_tokens for split in splits]
     elif len(weights) != len(splits):
         raise DataError(f"{path}: {len(weights)} weights for {len(splits)} sources")

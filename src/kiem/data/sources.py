@@ -122,7 +122,7 @@ def read_documents(
     """Stream the documents of a source in its order. Raises DataError where there is nothing to read, and for every
     problem with `on_bad_text` "error"; with "skip" and "replace", problems go to `report`."""
     for item in list_items(source, cache):
-        yield from read_item(item, source.text_key, Rule(on_bad_text, report))
+        yield from read_item(item, source.text_key or "text", Rule(on_bad_text, report))
 
 
 def list_items(source: Source, cache: Path | None = None) -> list[Item]:
