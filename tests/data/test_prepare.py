@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from corpora import config, contents, folder_of, texts
 
-from kiem.config.run import DataConfig, Source
+from kiem.config.run import Source
 from kiem.data import prepare as module
 from kiem.data.prepare import prepare
 from kiem.data.shards import open_dataset

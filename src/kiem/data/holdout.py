@@ -289,7 +289,7 @@ def _hold_out_blocks(scans: Sequence[Scan], found: Sequence[_Found], fraction: f
 
 
 def _spread(sizes: array.array, label: np.ndarray, wanted: int, already: set[int]) -> set[int]:
-    """Groups of about `wanted` bytes in all, with those that are chosen `already`: the groups at evenly spread places of
+    """Groups of about `wanted` bytes in all, with those chosen `already`: the groups at evenly spread places of
     the text (by the golden ratio, so that they are spread wherever one stops)."""
     ends = np.cumsum(np.array(sizes, np.int64))
     names, group_N = np.unique(label, return_inverse=True)

@@ -140,7 +140,7 @@ def _pairs(order: np.ndarray, values: np.ndarray, distance: int) -> np.ndarray:
 
 
 def chosen_by_hash(exact_N: np.ndarray, label_N: np.ndarray, fraction: float) -> np.ndarray:
-    """Whole groups (`label_N`, as from `group`), each with probability `fraction`, by a hash of their text: bool (N,)."""
+    """Whole groups of `group`, each with probability `fraction`, by a hash of their text: bool (N,)."""
     least_N = np.full(len(exact_N), np.iinfo(np.uint64).max)
     np.minimum.at(least_N, label_N, exact_N)
     return _mixed(least_N[label_N]) < np.uint64(min(fraction * 2.0**64, 2.0**64 - 2048))
