@@ -1,10 +1,12 @@
 """What a user's text becomes, document by document, and what is said of text that cannot be used."""
 
+import errno
 import gzip
 import io
 import json
 import os
 import sys
+import tracemalloc
 
 import pytest
 import zstandard
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from kiem.config.run import Source
 from kiem.data import formats, sources
-from kiem.data.formats import PIECE, pieces
+from kiem.data.formats import PIECE, Problems, pieces
 from kiem.data.sources import list_items, read_documents
 from kiem.errors import DataError
 
@@ -39,7 +41,8 @@ def test_a_folder_is_read_in_order_without_hidden_and_binary_kinds(tmp_path):
     write(tmp_path / "empty.txt", "")
     found, problems = read(tmp_path)
     assert list(found) == [str(tmp_path / name) for name in ("a/y.py", "a/z.md", "b.txt")]
-    assert found[str(tmp_path / "b.txt")] == "text of b.txt\n" and problems == []
+    assert found[str(tmp_path / "b.txt")] == "text of b.txt\n"
+    assert problems == [f"{tmp_path}/pic.png: a .png file; passed over", f"{tmp_path}/x.pyc: a .pyc file; passed over"]
 
 
 def test_globs_reach_below_and_a_circle_of_links_ends(tmp_path):
@@ -72,10 +75,10 @@ def test_compressed_text_and_records(tmp_path):
 
 BAD_FILES = [
     # name, contents, what the problem says, text with "replace" (None: left out there too)
-    ("latin.txt", b"fine\ncaf\xe9 au lait\n", ", line 2: not UTF-8 (byte 0xe9 at offset 8)", "fine\ncaf� au lait\n"),
+    ("bad.txt", "ünd\n".encode() + b"\xff\n", ", line 2: not UTF-8 (byte 0xff at offset 5)", "ünd\n�\n"),
     ("cut.txt", b"ab\n\xe2\x82", ", line 2: not UTF-8 (byte 0xe2 at offset 3)", "ab\n�"),
     ("nul.txt", b"a\nb\0c", ", line 2: binary file, not text (NUL byte at offset 3)", None),
-    ("wide.txt", "text".encode("utf-16"), ", line 1: UTF-16 text, not UTF-8", None),
+    ("wide.txt", "text".encode("utf-16")[:-1], ": not valid UTF-16, which its first bytes say it is", None),
     ("cut.txt.gz", gzip.compress(os.urandom(2000).hex().encode())[:-900], ": truncated gzip file", "some"),
     ("not.txt.gz", b"plain text", ": damaged gzip file", None),
     ("cut.txt.zst", zstandard.compress(os.urandom(2000).hex().encode())[:-900], ": truncated zstd file", None),
@@ -103,12 +106,20 @@ def test_bad_files_are_reported_and_handled_by_the_rule(tmp_path, name, data, sa
 
 BAD_RECORDS = [
     (b'{"text": "a"', "not a JSON record", None),
-    (b'["a"]', "a JSON record must be an object, this is list", None),
-    (b'{"body": "a", "id": 1}', "no field 'text', it has 'body', 'id': set text_key", None),
-    (b'{"text": null}', "field 'text' is NoneType, not text", None),
+    (b'["a"]', "a JSON record must be an object, this is an array", None),
+    (b'{"body": "a", "id": 1}', "no field 'text', it has 'body', 'id': set data.text_key=FIELD", None),
+    (b'{"text": null}', "field 'text' is null, not text", None),
     (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9 at byte 13 of the record)", "caf�"),
     (rb'{"text": "a\ud800"}', "half of a surrogate pair (U+D800) is not text", "a�"),
-    (b"[" * 100_000, "not a JSON record", None),
+    (b"[" * 100_000, "not a JSON record (too deeply nested)", None),
+    (b'{"text": ' + b"9" * 6000 + b"}", "field 'text' is a number, not text", None),
+    (b'{"text": {"body": "a"}}', "field 'text' is a group with 'body': set data.text_key=text.body", None),
+    (
+        b'{"messages": [{"role": "user"}]}',
+        "no field 'text'; field 'messages' is a list of chat messages, which is data for",
+        None,
+    ),
+    (b'{"text": [{"role": "user", "content": "hi"}]}', "field 'text' is a list of chat messages", None),
 ]
 
 
@@ -121,6 +132,154 @@ def test_bad_records_name_their_line_and_leave_the_others(tmp_path, line, says, 
     assert read(file, "replace")[0].get(f"{file}:2") == replaced
     with pytest.raises(DataError, match="line 2"):
         read(file, "error")
+
+
+ROWS = [{"text": f"record {i}", "meta": {"n": [i, {"deep": None}]}} for i in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("array.json", json.dumps(ROWS)),
+        ("pretty.json", json.dumps(ROWS, indent=2)),
+        ("array.jsonl", json.dumps(ROWS)),
+        ("pretty.jsonl", "".join(json.dumps(row, indent=2) + "\n" for row in ROWS)),
+        ("wide.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS).encode("utf-16")),
+    ],
+)
+def test_records_in_an_array_or_over_several_lines_are_records(tmp_path, name, content):
+    found, problems = read(write(tmp_path / name, content))
+    assert list(found.values()) == [row["text"] for row in ROWS] and problems == []
+
+
+def test_json_that_holds_no_records_is_plain_text(tmp_path):
+    text = json.dumps({"name": "a package", "version": [1, 2]}, indent=1)
+    assert list(read(write(tmp_path / "package.json", text))[0].values()) == [text]
+    assert read(write(tmp_path / "rows.json", '[{"body": "a"}]'))[1] == [
+        f"{tmp_path}/rows.json, line 1: no field 'text', it has 'body': set data.text_key=FIELD; left out"
+    ]
+
+
+def test_a_field_in_a_group_is_reached_by_its_path(tmp_path):
+    rows = [{"content": {"text": f"text {i}"}, "a.b": f"named {i}"} for i in range(3)]
+    file = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert list(read(file, text_key="content.text")[0].values()) == ["text 0", "text 1", "text 2"]
+    assert list(read(file, text_key="a.b")[0].values()) == ["named 0", "named 1", "named 2"]
+    assert "no field 'content.body'" in read(file, text_key="content.body")[1][0]
+
+
+def test_a_group_in_a_table_is_reached_by_its_path(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = pyarrow.table({"content": [{"text": "one"}, {"text": "two"}, None], "n": [1, 2, 3]})
+    parquet.write_table(rows, tmp_path / "a.parquet")
+    found, problems = read(tmp_path / "a.parquet", text_key="content.text")
+    assert list(found.values()) == ["one", "two"] and "row" not in problems[0] and "is null, not text" in problems[0]
+    parquet.write_table(pyarrow.table({"messages": [[{"role": "user"}]]}), tmp_path / "b.parquet")
+    assert "column 'messages' is a list of chat messages" in read(tmp_path / "b.parquet")[1][0]
+
+
+def test_a_record_without_end_is_left_out_in_bounded_memory(tmp_path, monkeypatch):
+    """One record of 40 MB in a small file; the records around it stay."""
+    monkeypatch.setattr(formats, "LONGEST_RECORD", 3 << 20)
+    lines = b'{"text": "one"}\n{"text": "' + b"x" * (40 << 20) + b'"}\n{"text": "two"}\n'
+    file = write(tmp_path / "a.jsonl.gz", gzip.compress(lines, 1))
+    tracemalloc.start()
+    try:
+        found, problems = read(file)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert list(found.values()) == ["one", "two"]
+    assert problems == [f"{file}, line 2: a record of more than 3,145,728 bytes; left out"]
+    assert peak < 20 << 20
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_other_unicode_encodings_are_read_by_their_mark(tmp_path, encoding, monkeypatch):
+    monkeypatch.setattr(formats, "BLOCK", 1000)
+    text = "".join(f"Zeile {i}: Straße, 東京\n" for i in range(400))
+    data = ("\ufeff" + text).encode(encoding) if encoding.endswith("e") else text.encode(encoding)
+    found, problems = read(write(tmp_path / "a.txt", data))
+    assert list(found.values()) == [text]
+    assert problems == [f"{tmp_path}/a.txt: its encoding is {encoding[:6]}; read as {encoding[:6]}"]
+
+
+def test_western_text_is_read_and_said(tmp_path):
+    pytest.importorskip("charset_normalizer")
+    text = "Le café est très près de la gare, à côté de l’hôtel où naît l’été.\n" * 20
+    file = write(tmp_path / "a.txt", text.encode("cp1252"))
+    for rule in ("skip", "replace"):
+        found, problems = read(file, rule)
+        assert list(found.values()) == [text]
+        assert problems == [f"{file}: its encoding is cp1252; read as cp1252"]
+    with pytest.raises(DataError, match="line 1: not UTF-8"):
+        read(file, "error")
+
+
+def test_no_kind_of_problem_crowds_out_another():
+    problems = Problems()
+    for i in range(500):
+        problems(formats.Problem("many.jsonl", i, "no field", "left out", "no text"))
+    problems(formats.Problem("a.png", None, "a .png file", "passed over", "not text"))
+    problems = problems.merged(Problems())
+    assert problems.count == 501 and problems.counts == {"no text": 500, "not text": 1}
+    assert len(problems.first) == 21 and problems.first[-1]["origin"] == "a.png"
+    assert problems.sentences() == [
+        "500 records have no text (for example many.jsonl, line 0: no field): left out",
+        "1 file is not text (a.png: a .png file): passed over",
+    ]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_named_pipes_are_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    write(tmp_path / "a.txt", "text")
+    for path in (tmp_path, tmp_path / "*.txt"):
+        found, problems = read(path)
+        assert list(found.values()) == ["text"]
+        assert problems == [f"{tmp_path}/pipe.txt: a named pipe (FIFO); passed over"]
+    with pytest.raises(DataError, match=r"pipe\.txt: a named pipe \(FIFO\), which is not read"):
+        read(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match="/dev/null: a device"):
+        read("/dev/null")
+
+
+def test_a_folder_whose_name_looks_like_a_pattern_is_found(tmp_path):
+    write(tmp_path / "[D] x" / "a.txt", "one")
+    write(tmp_path / "D x" / "a.txt", "two")
+    assert list(read(tmp_path / "[D] x" / "*.txt")[0].values()) == ["one"]
+    assert list(read(tmp_path / "[D] x" / "a.txt")[0].values()) == ["one"]
+    with pytest.raises(DataError, match=r"\[ \] are special"):
+        read(tmp_path / "[D] x" / "*.md")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names of any bytes")
+def test_a_name_that_is_not_utf8_is_read(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    write(tmp_path / name, "text")
+    assert list(read(tmp_path)[0].values()) == ["text"]
+    with pytest.raises(
+        ValueError, match=r"caf\\\\udce9\.txt': its name is not valid UTF-8: rename it, or give its folder"
+    ):
+        Source(path=str(tmp_path / name))
+
+
+def test_standard_input_that_cannot_be_read_or_was_interrupted(tmp_path, monkeypatch):
+    (tmp_path / "stdin").mkdir()
+    left_over = [tmp_path / "stdin" / name for name in ("tmpabc123", "tmp-4194999-x")]
+    for path in left_over:
+        path.write_text("half of it")
+    ours = tmp_path / "stdin" / f"tmp-{os.getpid()}-x"
+    ours.write_text("being written")
+
+    class Folder(io.BytesIO):
+        def read(self, size=-1):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Folder(), "utf-8"))
+    with pytest.raises(DataError, match="standard input cannot be read: Is a directory"):
+        read("-", cache=tmp_path)
+    assert sorted((tmp_path / "stdin").iterdir()) == [ours]
 
 
 def test_a_truncated_archive_of_records_keeps_those_before(tmp_path):
@@ -142,7 +301,9 @@ def test_parquet(tmp_path):
         [f"{file}, line 2: not UTF-8 (byte 0xe9 at byte 3 of 'text'); left out"],
     )
     assert read(file, "replace")[0][f"{file}:2"] == "caf�"
-    assert read(file, text_key="body")[1] == [f"{file}: no column 'body', it has 'text', 'n': set text_key; left out"]
+    assert read(file, text_key="body")[1] == [
+        f"{file}: no column 'body', it has 'text', 'n': set data.text_key=COLUMN; left out"
+    ]
     file.write_bytes(file.read_bytes()[:-20])
     assert "damaged Parquet file" in read(file)[1][0]
 

@@ -8,9 +8,9 @@ learned, so that changing it makes another run; *execution* decides how, where a
 learned, and may change whenever a run is resumed. A section's mark holds for all of its fields.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from kiem.config.model import DERIVED, Config, ModelConfig
 
@@ -33,6 +33,15 @@ class Source(Config):
         description="share of the training tokens, relative to the weights of the other sources; default: by size",
     )
     text_key: str | None = Field(None, min_length=1, description="as data.text_key, for this source")
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _utf8(cls, path: Any) -> Any:
+        if isinstance(path, str) and any("\ud800" <= c <= "\udfff" for c in path):
+            raise ValueError(
+                f"path {path!a}: its name is not valid UTF-8: rename it, or give its folder, where it is read"
+            )
+        return path
 
 
 class DataConfig(Config):

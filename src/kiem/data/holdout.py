@@ -17,7 +17,8 @@ from functools import cached_property
 
 import numpy as np
 
-from kiem.data.formats import Document, Item, Rule, read_item
+from kiem.data.formats import Document, Item, Rule
+from kiem.data.read import read_item
 from kiem.data.similar import Sketcher, Sketches, chosen_by_hash, group
 
 SAMPLE = 16 * 1024 * 1024  # bytes of text that a tokenizer is trained on, at most

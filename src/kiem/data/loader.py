@@ -34,6 +34,10 @@ class Batch:
         names = [name for split, start, stop in self.places for name in split.document_names(start, stop)]
         return list(dict.fromkeys(names))
 
+    def target_bytes(self) -> int:
+        """How many bytes of text the targets stand for (an end of text for none)."""
+        return sum(split.text_bytes(start + 1, stop + 1) for split, start, stop in self.places)
+
     def micro(self, size: int) -> list["Batch"]:
         """Batches of `size` rows each, the last with what is left."""
         if size < 1:

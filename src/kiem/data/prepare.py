@@ -16,18 +16,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock
 
 from kiem.config.run import DataConfig, Source
-from kiem.data.formats import ChangedError, Item, Problem, Rule, read_item
+from kiem.data.foreign import Loss, bytes_of_tokens, measure
+from kiem.data.formats import ChangedError, Item, Problem, Problems, Rule
 from kiem.data.holdout import TRAIN, VALIDATION, Piece, Sample, Scan, scan_sources, split_item
+from kiem.data.read import read_item
 from kiem.data.shards import (
     FORMAT,
     MANIFEST,
@@ -48,8 +51,8 @@ SHARD_BYTES = 64 * 1024 * 1024
 SHARD_DOCUMENTS = 1_000_000  # documents a shard has at most, so that its list of them stays small
 BATCH_CHARACTERS = 512 * 1024  # for each core: text that is encoded at once
 SHOW_EVERY = 1024 * 1024  # bytes of text between calls of `progress`
-MOST_PROBLEMS = 1000  # problems kept in the report; all are counted
 SCAN = "scan.json"
+TRIED = 512 * 1024  # bytes of the text that a tokenizer which may lose text is tried on
 NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOTDIR, errno.EEXIST}
 
 Progress = Callable[[int, int, int], None]
@@ -112,9 +115,10 @@ def prepare(
             tokenizer = bytes_tokenizer()
         elif data.tokenizer not in ("bpe", "chars"):
             tokenizer = Tokenizer.load(data.tokenizer)
+        passed_over = Problems()
         job = _Job(
             sources,
-            [list_items(source, cache) for source in sources],
+            [list_items(source, cache, passed_over) for source in sources],
             len(data.sources),
             data,
             vocab_size,
@@ -125,23 +129,24 @@ def prepare(
         names = [source.path for source in sources]
         folder = Path(cache) / "data" / job.key()
         with suppress(DataError):  # not there, or damaged
-            return open_dataset(folder, weights, names)
+            return _noted(open_dataset(folder, weights, names), passed_over)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if (folder / MANIFEST).exists():
                 with suppress(DataError):  # another process has made it while this one waited
-                    return open_dataset(folder, weights, names)
+                    return _noted(open_dataset(folder, weights, names), passed_over)
                 shutil.rmtree(folder)  # damaged: it is made again from the text
             folder.mkdir(exist_ok=True)
             try:
-                scans, problems, tokenizer = _scan(job, folder)
+                scans, problems, tokenizer, loss = _scan(job, folder)
+                facts = _Facts(scans, problems, loss, (job.tokenizer or tokenizer).notes)
                 if tokenizer_only:
-                    return Dataset(folder, "", tokenizer, [], None, _report(job, scans, problems, [], []))
-                _encode(job, folder, scans, problems, tokenizer, progress)
+                    return _noted(Dataset(folder, "", tokenizer, [], None, _report(job, facts, [], [])), passed_over)
+                _encode(job, folder, facts, tokenizer, progress)
             except ChangedError:
                 shutil.rmtree(folder)  # what is there was made from text that is no more
                 raise
-            return open_dataset(folder, weights, names)
+            return _noted(open_dataset(folder, weights, names), passed_over)
 
 
 @contextmanager
@@ -160,34 +165,25 @@ def _storage(cache: Path) -> Iterator[None]:
 # -- the pass over the text --------------------------------------------------------------------------------------------
 
 
-class _Problems:
-    """Counts all problems, keeps the first ones."""
-
-    def __init__(self) -> None:
-        self.count, self.first = 0, []
-
-    def __call__(self, problem: Problem) -> None:
-        self.count += 1
-        if len(self.first) < MOST_PROBLEMS:
-            self.first.append(asdict(problem))
-
-
-def _scan(job: _Job, folder: Path) -> tuple[list[Scan], _Problems, Tokenizer]:
-    """The scan of each source, and the tokenizer; both kept in the folder."""
-    problems, note = _Problems(), folder / SCAN
+def _scan(job: _Job, folder: Path) -> tuple[list[Scan], Problems, Tokenizer, Loss]:
+    """The scan of each source, the tokenizer and what it loses; all kept in the folder."""
+    note = folder / SCAN
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
-        problems.count, problems.first = known["n_problems"], known["problems"]
+        problems = Problems(**known["problems"])
         scans = [Scan(**scan | {"held": [tuple(place) for place in scan["held"]]}) for scan in known["scans"]]
-        return scans, problems, Tokenizer.load(folder / "tokenizer")
+        return scans, problems, Tokenizer.load(folder / "tokenizer", trusted=True), Loss(**known["loss"])
     except (OSError, ValueError, KeyError, TypeError, DataError):
-        problems = _Problems()
-    sample, characters, before = Sample(), set[str](), [0]
+        problems = Problems()
+    own = job.tokenizer is None or job.tokenizer.exact
+    sample = Sample() if own else Sample(TRIED)
+    characters, before = set[str](), [0]
 
     def check(number: int, scan: Scan) -> None:
         if not scan.documents:
-            first = problems.first[before[-1] : before[-1] + 1]
-            because = f" ({problems.count - before[-1]} problems, the first: {Problem(**first[0])})" if first else ""
+            found = problems.count - before[-1]
+            first = problems.first[-1:] if found == 1 else problems.first[before[-1] : before[-1] + 1]
+            because = f" ({found:,} problem{'s' * (found != 1)}, such as: {Problem(**first[0])})" if first else ""
             raise DataError(f"source {job.sources[number].path}: no text in it that can be used{because}")
         before.append(problems.count)
 
@@ -196,20 +192,44 @@ def _scan(job: _Job, folder: Path) -> tuple[list[Scan], _Problems, Tokenizer]:
         Rule(job.data.on_bad_text, problems),
         [job.rule(number) for number in range(len(job.sources))],
         job.data.validation_fraction,
-        sample if job.data.tokenizer == "bpe" else None,
+        sample if job.data.tokenizer == "bpe" or not own else None,
         characters.update if job.data.tokenizer == "chars" else None,
         check,
     )
-    tokenizer = job.tokenizer
-    if job.data.tokenizer == "bpe":
+    if job.tokenizer is not None:
+        tokenizer = job.tokenizer
+    elif job.data.tokenizer == "bpe":
         tokenizer = train_bpe(sample.training_texts(scans), job.vocab_size)
-    elif job.data.tokenizer == "chars":
+    else:
         tokenizer = chars_tokenizer(characters)
+    loss = Loss() if own else _measured(job, tokenizer, sample.training_texts(scans))
     tokenizer.save(folder / "tokenizer")
     write_json(
-        note, {"scans": [asdict(scan) for scan in scans], "problems": problems.first, "n_problems": problems.count}
+        note,
+        {
+            "scans": [asdict(scan) for scan in scans],
+            "problems": asdict(problems),
+            "loss": asdict(loss),
+        },
     )
-    return scans, problems, tokenizer
+    return scans, problems, tokenizer, loss
+
+
+def _measured(job: _Job, tokenizer: Tokenizer, texts: Iterable[str]) -> Loss:
+    try:
+        return measure(tokenizer, texts)
+    except DataError as error:
+        raise DataError(f"tokenizer {job.data.tokenizer}: {error}") from None
+
+
+@dataclass
+class _Facts:
+    """What is known before the text is tokenized."""
+
+    scans: list[Scan]
+    problems: Problems
+    loss: Loss
+    notes: list[str]
 
 
 class _Counter:
@@ -232,16 +252,14 @@ class _Counter:
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
-def _encode(
-    job: _Job, folder: Path, scans: list[Scan], problems: _Problems, tokenizer: Tokenizer, progress: Progress | None
-) -> None:
+def _encode(job: _Job, folder: Path, facts: _Facts, tokenizer: Tokenizer, progress: Progress | None) -> None:
     """Tokenize every source and write the manifest."""
     counter = _Counter(progress)
-    shards = [_encode_source(job, number, folder, scan, tokenizer, counter) for number, scan in enumerate(scans)]
+    shards = [_encode_source(job, number, folder, scan, tokenizer, counter) for number, scan in enumerate(facts.scans)]
     counter.show()
     train = [[s[TRAIN] for s in source if s[TRAIN]["tokens"]] for source in shards[: job.n_train]]
     validation = [s[VALIDATION] for source in shards for s in source if s[VALIDATION]["tokens"]]
-    report = _report(job, scans, problems, train, validation)
+    report = _report(job, facts, train, validation)
     write_manifest(folder, train, validation, tokenizer, job.options(), report)
     wanted = {name for shard in chain(*train, validation) for name in shard["files"]} | {MANIFEST, "tokenizer"}
     for path in folder.iterdir():
@@ -263,7 +281,12 @@ def _encode_source(
     last = number == len(job.sources) - 1
     while not ended:
         pair = [
-            ShardWriter(folder, f"{side}-{number:03d}-{len(done):05d}", token_type(tokenizer.vocab_size))
+            ShardWriter(
+                folder,
+                f"{side}-{number:03d}-{len(done):05d}",
+                token_type(tokenizer.vocab_size),
+                side == "validation" and not tokenizer.exact,
+            )
             for side in ("train", "validation")
         ]
         try:
@@ -291,11 +314,11 @@ def _fill(
     pair: list[ShardWriter], encoded: Iterator, tokenizer: Tokenizer, place: tuple[int, int], counter: "_Counter"
 ) -> tuple[tuple[int, int], bool]:
     """Write pieces until a shard is full or the source ends; (place of the next piece, whether it ended)."""
-    for place, piece, ids in encoded:
+    for place, piece, ids, sizes in encoded:
         writer, n_bytes = pair[piece.side], len(piece.text.encode())
         if piece.starts:
             writer.start(tokenizer.eot_id, piece.origin, piece.counts)
-        writer.add(ids, n_bytes)
+        writer.add(ids, n_bytes, sizes)
         counter.add(int(piece.counts), n_bytes, len(ids) + piece.starts)
         if writer.n_tokens * writer.dtype.itemsize >= SHARD_BYTES or writer.n_documents >= SHARD_DOCUMENTS:
             return (place[0], place[1] + 1), False
@@ -326,12 +349,12 @@ def _places(job: _Job, number: int, scan: Scan, start: tuple[int, int]) -> Itera
 
 
 def _encoded(tokenizer: Tokenizer, pieces: Iterator[tuple[tuple[int, int], Piece]]) -> Iterator[tuple]:
-    """(place, piece, ids): one batch is encoded while the next is read."""
+    """(place, piece, ids, bytes of each id or None): one batch is encoded while the next is read."""
     size = BATCH_CHARACTERS * min(64, max(2, os.cpu_count() or 1))
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for batch in _batches(pieces, size):
-            job = pool.submit(tokenizer.encode_arrays, [piece.text for _, piece in batch])
+            job = pool.submit(_ids_and_sizes, tokenizer, [piece for _, piece in batch])
             if waiting:
                 yield from _joined(*waiting)
             waiting = batch, job
@@ -339,9 +362,22 @@ def _encoded(tokenizer: Tokenizer, pieces: Iterator[tuple[tuple[int, int], Piece
             yield from _joined(*waiting)
 
 
-def _joined(batch: list, job: object) -> Iterator[tuple]:
-    for (place, piece), ids in zip(batch, job.result(), strict=True):
-        yield place, piece, ids
+def _ids_and_sizes(tokenizer: Tokenizer, pieces: list[Piece]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """The ids of each piece; with the bytes of each id where the text is scored and the tokenizer does not say them."""
+    found: list[tuple[np.ndarray, np.ndarray | None]] = [
+        (ids, None) for ids in tokenizer.encode_arrays([piece.text for piece in pieces])
+    ]
+    if not tokenizer.exact:
+        for number, piece in enumerate(pieces):
+            if piece.side == VALIDATION:
+                ids, spans = tokenizer.encode_with_spans(piece.text)
+                found[number] = ids, bytes_of_tokens(piece.text, spans)
+    return found
+
+
+def _joined(batch: list, job: Future) -> Iterator[tuple]:
+    for (place, piece), (ids, sizes) in zip(batch, job.result(), strict=True):
+        yield place, piece, ids, sizes
 
 
 def _batches(pieces: Iterator, size: int) -> Iterator[list]:
@@ -356,8 +392,29 @@ def _batches(pieces: Iterator, size: int) -> Iterator[list]:
         yield batch
 
 
-def _report(job: _Job, scans: list[Scan], problems: _Problems, train: list[list[dict]], validation: list[dict]) -> dict:
+def _noted(dataset: Dataset, passed_over: Problems) -> Dataset:
+    """The data set with the files that were passed over in its report, and what a user should be told in sentences."""
+    report = dataset.report
+    problems = Problems(report["n_problems"], report["problem_counts"], report["problems"]).merged(passed_over)
+    tokenizer = report["tokenizer"]
+    loss = Loss(tokenizer["lossless"], tokenizer["unknown_share"], tokenizer["example"])
+    notes = [*(f"tokenizer: {note}" for note in tokenizer["notes"]), *([] if loss.lossless else [loss.describe()])]
+    notes += problems.sentences()
+    return replace(
+        dataset,
+        report=report
+        | {
+            "problems": problems.first,
+            "n_problems": problems.count,
+            "problem_counts": problems.counts,
+            "notes": notes,
+        },
+    )
+
+
+def _report(job: _Job, facts: _Facts, train: list[list[dict]], validation: list[dict]) -> dict:
     """What was found, in numbers; the same for the same text whenever and wherever it is made."""
+    scans, problems = facts.scans, facts.problems
 
     def total(shards: list[dict], scans: Sequence[Scan], held: bool) -> dict:
         documents = sum(scan.held_documents if held else scan.documents for scan in scans)
@@ -380,6 +437,8 @@ def _report(job: _Job, scans: list[Scan], problems: _Problems, train: list[list[
         "training": total([*chain(*train)], scans[: job.n_train], False),
         "validation": total(validation, scans, True),
         "sources": sources,
+        "tokenizer": facts.loss.to_dict() | {"notes": facts.notes},
         "problems": problems.first,
         "n_problems": problems.count,
+        "problem_counts": problems.counts,
     }

@@ -4,15 +4,19 @@ manifest.json       what there is, with the size and SHA-256 of every file; its 
 tokenizer/          tokenizer.json
 NAME.bin            flat little-endian uint16 (vocabularies up to 65,536) or uint32 token ids, about 64 MiB
 NAME.docs           uint32: where in this shard its documents begin
+NAME.sizes          uint32: how many bytes of text each token stands for; only of validation text, and only where the
+                    tokenizer does not say it (Tokenizer.exact)
 NAME.names.zst      one line for each document: where its text came from
 """
 
 import array
+import glob
 import hashlib
 import json
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -42,8 +46,11 @@ def token_type(vocab_size: int) -> np.dtype:
 class ShardWriter:
     """Writes one shard. Its files have a temporary name until `close`."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, with_sizes: bool = False) -> None:
+        """`with_sizes`: `add` is given the bytes of each token, and they are kept."""
         self.folder, self.name, self.dtype = folder, name, dtype
+        self._sizes: list[np.ndarray] | None = [] if with_sizes else None
+        self._left_over = 0  # bytes of text without a token, which the next token gets
         self.n_tokens = self.n_bytes = self.n_begun = 0
         self._starts, self._names = array.array("L"), []
         self._file = open(folder / f"{name}.bin.tmp", "wb")  # noqa: SIM115, closed by close or abandon
@@ -61,8 +68,17 @@ class ShardWriter:
             self._names.append(origin.replace("\n", " "))
         self.add(np.array([eot_id]), 0)
 
-    def add(self, ids: np.ndarray, n_bytes: int) -> None:
-        """Tokens of `n_bytes` bytes of text."""
+    def add(self, ids: np.ndarray, n_bytes: int, sizes: np.ndarray | None = None) -> None:
+        """Tokens of `n_bytes` bytes of text; `sizes`: of each token."""
+        if self._sizes is not None:
+            if sizes is None:
+                sizes = np.zeros(len(ids), np.int64)
+            self._left_over += n_bytes - int(sizes.sum())
+            if len(ids):
+                sizes = sizes.copy()
+                sizes[0] += self._left_over
+                self._left_over = 0
+                self._sizes.append(sizes.astype("<u4"))
         self._file.write(ids.astype(self.dtype).tobytes())
         self.n_tokens += len(ids)
         self.n_bytes += n_bytes
@@ -76,10 +92,13 @@ class ShardWriter:
         _close_durably(self._file)
         temporary = {"bin": Path(self._file.name)}
         names = "".join(f"{name}\n" for name in self._names).encode("utf-8", "surrogateescape")
-        for suffix, data in (
-            ("docs", np.array(self._starts, "<u4").tobytes()),
-            ("names.zst", zstandard.ZstdCompressor().compress(names)),
-        ):
+        others = {
+            "docs": np.array(self._starts, "<u4").tobytes(),
+            "names.zst": zstandard.ZstdCompressor().compress(names),
+        }
+        if self._sizes is not None:
+            others["sizes"] = np.concatenate(self._sizes).tobytes()
+        for suffix, data in others.items():
             temporary[suffix] = self.folder / f"{self.name}.{suffix}.tmp"
             with open(temporary[suffix], "wb") as file:
                 file.write(data)
@@ -99,8 +118,11 @@ class ShardWriter:
         }
 
     def abandon(self) -> None:
-        """Stop without a shard."""
-        self._file.close()
+        """Stop without a shard, and leave nothing."""
+        with suppress(OSError):  # a full disk: what is buffered cannot be written
+            self._file.close()
+        for path in self.folder.glob(f"{glob.escape(self.name)}.*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def _close_durably(file: Any) -> None:
@@ -173,9 +195,12 @@ class Split:
     open files for more shards.
     """
 
-    def __init__(self, folder: Path, name: str, shards: list[dict], dtype: np.dtype) -> None:
+    def __init__(
+        self, folder: Path, name: str, shards: list[dict], dtype: np.dtype, tokenizer: Tokenizer | None = None
+    ) -> None:
+        """`tokenizer`: for `text_bytes` of shards that do not keep it."""
         shards = [shard for shard in shards if shard["tokens"]]  # an empty one has no files
-        self.folder, self.name, self.shards, self.dtype = folder, name, shards, dtype
+        self.folder, self.name, self.shards, self.dtype, self._tokenizer = folder, name, shards, dtype, tokenizer
         self._token_ends = list(accumulate(shard["tokens"] for shard in shards))
         self._document_ends = list(accumulate(shard["documents"] for shard in shards))
         self.n_tokens: int = self._token_ends[-1] if shards else 0
@@ -187,11 +212,22 @@ class Split:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Token ids [start, stop), uint16 or uint32 (stop - start,)."""
-        parts = self._parts(start, stop)
-        out = np.empty(stop - start, self.dtype)
-        for shard, base, first, last in parts:
-            with open(self.folder / f"{shard['name']}.bin", "rb", buffering=0) as file:
-                file.seek((first - base) * self.dtype.itemsize)
+        return self._read(start, stop, "bin", self.dtype)
+
+    def text_bytes(self, start: int, stop: int) -> int:
+        """How many bytes of text the tokens [start, stop) stand for; over all of a split exactly `n_bytes`."""
+        if any(f"{shard['name']}.sizes" in shard["files"] for shard in self.shards):
+            return int(self._read(start, stop, "sizes", np.dtype("<u4")).sum(dtype=np.int64))
+        if self._tokenizer is None:
+            raise ValueError("a split without a tokenizer does not know the bytes of its tokens")
+        return int(self._tokenizer.token_bytes[self.tokens(start, stop)].sum())
+
+    def _read(self, start: int, stop: int, suffix: str, dtype: np.dtype) -> np.ndarray:
+        """Entries [start, stop) of the shards' files of a kind."""
+        out = np.empty(stop - start, dtype)
+        for shard, base, first, last in self._parts(start, stop):
+            with open(self.folder / f"{shard['name']}.{suffix}", "rb", buffering=0) as file:
+                file.seek((first - base) * dtype.itemsize)
                 view = memoryview(out[first - start : last - start]).cast("B")
                 if file.readinto(view) != len(view):
                     raise DataError(
@@ -268,6 +304,16 @@ class Dataset:
     report: dict[str, Any]
     proportional: bool = True
 
+    @property
+    def lossless(self) -> bool:
+        """Whether the tokenizer keeps the text whole, so that bits per byte say something: tried on a sample of it."""
+        return bool(self.report.get("tokenizer", {}).get("lossless", True))
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the text that is unknown to the tokenizer, by the same sample."""
+        return float(self.report.get("tokenizer", {}).get("unknown_share", 0.0))
+
     def verify(self) -> None:
         """Read every file and compare with its checksum; DataError names the damaged ones."""
         _verify(self.path, _shards(self))
@@ -283,13 +329,13 @@ def open_dataset(
     """
     path = Path(path)
     body = _read_manifest(path)
-    tokenizer = Tokenizer.load(path / "tokenizer")
+    tokenizer = Tokenizer.load(path / "tokenizer", trusted=True)
     if tokenizer.digest != body["tokenizer"]:
         raise DataError(f"{path / 'tokenizer'}: not the tokenizer of this data. Delete {path} and prepare again.")
     dtype = np.dtype(body["dtype"])
     report = _named(body["report"], names)
     splits = [
-        Split(path, f"source {source['path']}", shards, dtype)
+        Split(path, f"source {source['path']}", shards, dtype, tokenizer)
         for source, shards in zip(report["sources"], body["train"], strict=False)
     ]
     proportional = weights is None
@@ -304,7 +350,7 @@ def open_dataset(
         hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         tokenizer,
         [(split, weight / total) for split, weight in zip(splits, weights, strict=True)],
-        Split(path, "validation", body["validation"], dtype),
+        Split(path, "validation", body["validation"], dtype, tokenizer),
         report,
         proportional,
     )

@@ -23,113 +23,43 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
+
 from kiem.config.run import Source
-from kiem.data.formats import Document, Item, Problem, Rule, kind_of, read_item
+from kiem.data.formats import Document, Item, Problem, Rule, kind_of
+from kiem.data.read import read_item
 from kiem.errors import DataError
 
 __all__ = ["Document", "Problem", "list_items", "read_documents"]
 
 # Not opened when a folder is read. What else turns out not to be text is reported and left out.
 BINARY = frozenset(
-    {
-        "7z",
-        "a",
-        "avif",
-        "avi",
-        "bin",
-        "bmp",
-        "bz2",
-        "ckpt",
-        "class",
-        "db",
-        "dll",
-        "dmg",
-        "doc",
-        "docx",
-        "dylib",
-        "eot",
-        "epub",
-        "exe",
-        "flac",
-        "gguf",
-        "gif",
-        "h5",
-        "heic",
-        "ico",
-        "iso",
-        "jar",
-        "jpeg",
-        "jpg",
-        "lib",
-        "m4a",
-        "mkv",
-        "mo",
-        "mov",
-        "mp3",
-        "mp4",
-        "mpeg",
-        "npy",
-        "npz",
-        "o",
-        "obj",
-        "odt",
-        "ogg",
-        "onnx",
-        "otf",
-        "pdf",
-        "pickle",
-        "pkl",
-        "png",
-        "ppt",
-        "pptx",
-        "psd",
-        "pt",
-        "pth",
-        "pyc",
-        "pyd",
-        "pyo",
-        "rar",
-        "safetensors",
-        "so",
-        "sqlite",
-        "sqlite3",
-        "tar",
-        "tgz",
-        "tif",
-        "tiff",
-        "ttf",
-        "war",
-        "wasm",
-        "wav",
-        "webm",
-        "webp",
-        "whl",
-        "woff",
-        "woff2",
-        "xls",
-        "xlsx",
-        "xz",
-        "zip",
-    }
+    """
+    7z a avif avi bin bmp bz2 ckpt class db dll dmg doc docx dylib eot epub exe flac gguf gif h5 heic
+    ico iso jar jpeg jpg lib m4a mkv mo mov mp3 mp4 mpeg npy npz o obj odt ogg onnx otf pdf pickle pkl
+    png ppt pptx psd pt pth pyc pyd pyo rar safetensors so sqlite sqlite3 tar tgz tif tiff ttf war wasm
+    wav webm webp whl woff woff2 xls xlsx xz zip
+    """.split()  # noqa: SIM905
 )
 REMEMBER = 64 * 1024 * 1024  # bytes: digests of files from this size on are remembered in the cache folder
 RACY = 2.0  # seconds: a file changed so shortly before it was hashed may change again within its time stamp
 
 
-def read_documents(
-    source: Source, on_bad_text: str, report: Callable[[Problem], None], cache: Path | None = None
-) -> Iterator[Document]:
+Report = Callable[[Problem], None]
+
+
+def read_documents(source: Source, on_bad_text: str, report: Report, cache: Path | None = None) -> Iterator[Document]:
     """Stream the documents of a source in its order. Raises DataError where there is nothing to read, and for every
     problem with `on_bad_text` "error"; with "skip" and "replace", problems go to `report`."""
-    for item in list_items(source, cache):
+    for item in list_items(source, cache, report):
         yield from read_item(item, source.text_key or "text", Rule(on_bad_text, report))
 
 
-def list_items(source: Source, cache: Path | None = None) -> list[Item]:
+def list_items(source: Source, cache: Path | None = None, report: Report = lambda problem: None) -> list[Item]:
     """The files or data set of a source, sorted, with the digests of their contents.
 
-    `cache`: folder for standard input and for digests of large files. Raises DataError for a missing path, an empty
-    file or folder.
+    `cache`: folder for standard input and for digests of large files. `report` is told of files that are passed over.
+    Raises DataError for a missing path, an empty file or folder.
     """
     path = source.path
     if path.startswith("hf:"):
@@ -139,34 +69,37 @@ def list_items(source: Source, cache: Path | None = None) -> list[Item]:
     if path == "-":
         spooled = spool_stdin(cache or Path(tempfile.gettempdir()))
         return [replace(item, name="standard input") for item in _digested([(str(spooled), spooled)], cache)]
-    return _digested(_files(path), cache)
+    return _digested(_files(path, report), cache)
 
 
-def _files(path: str) -> list[tuple[str, Path]]:
+def _files(path: str, report: Report) -> list[tuple[str, Path]]:
     """(name shown, file) for a path that a user gave."""
     try:
-        return _found(path, Path(path).expanduser())
+        return _found(path, Path(path).expanduser(), report)
     except OSError as error:  # no permission, a name that no file can have, a broken disk
         raise DataError(f"source {path}: {error.filename or path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a NUL character
+        raise DataError(f"source {path!r}: no file can have this name ({error})") from None
 
 
-def _found(path: str, given: Path) -> list[tuple[str, Path]]:
+def _found(path: str, given: Path, report: Report) -> list[tuple[str, Path]]:
     if given.is_file():
         if given.stat().st_size == 0:
             raise DataError(f"source {path}: the file is empty")
         return [(str(given), given)]
     if given.is_dir():
-        found = list(_walk(given))
+        found = set(_walk(given, report))
         if not found:
             raise DataError(
                 f"source {path}: the folder has no text files (hidden files and binary kinds such as .zip, "
                 ".png or .pyc are passed over)"
             )
+    elif given.exists():
+        raise DataError(
+            f"source {path}: {_special(given)}, which is not read: give a file or a folder, or pipe text into '-'"
+        )
     elif glob.has_magic(path):
-        matches = sorted({Path(match) for match in glob.glob(str(given), recursive=True)}, key=Path.as_posix)
-        found = {file for match in matches for file in (_walk(match) if match.is_dir() else [match])}
-        if not found:
-            raise DataError(f"source {path}: no file matches this pattern in {Path.cwd()}")
+        found = _matches(path, given, report)
     else:
         raise DataError(
             f"source {path}: no such file or folder (looked in {Path.cwd()}). A source is a file, a "
@@ -176,25 +109,73 @@ def _found(path: str, given: Path) -> list[tuple[str, Path]]:
     once: dict[str, Path] = {}
     for file in sorted(found, key=lambda file: (len(file.parts), file.as_posix())):
         once.setdefault(os.path.realpath(file), file)
-    found = sorted(once.values(), key=Path.as_posix)
-    return [(str(file), file) for file in found if not file.is_file() or file.stat().st_size]
+    files = sorted(once.values(), key=Path.as_posix)
+    return [(str(file), file) for file in files if file.stat().st_size]
 
 
-def _walk(folder: Path, skip: frozenset[str] = frozenset(), seen: frozenset[str] = frozenset()) -> Iterator[Path]:
+def _matches(path: str, given: Path, report: Report) -> set[Path]:
+    """The files that a pattern matches, and those below folders that it matches. A folder of the pattern that exists is
+    taken by its name, whatever characters it has."""
+    matches = glob.glob(_with_literal_parts(given), recursive=True) or glob.glob(str(given), recursive=True)
+    found: set[Path] = set()
+    for match in sorted(map(Path, matches), key=Path.as_posix):
+        if match.is_dir():
+            found.update(_walk(match, report))
+        elif match.is_file():
+            found.add(match)
+        else:
+            report(Problem(str(match), None, _special(match), "passed over", "special"))
+    if not found:
+        raise DataError(
+            f"source {path}: no file matches this pattern in {Path.cwd()} (in a pattern * ? and [ ] are special: for a "
+            "file whose name has one of them write [*], [?] or [[])"
+        )
+    return found
+
+
+def _with_literal_parts(given: Path) -> str:
+    """The pattern in which folders that exist under their name are escaped."""
+    start = Path(given.anchor)
+    parts = list(given.relative_to(start).parts if given.anchor else given.parts)
+    while parts and (start / parts[0]).is_dir():
+        start /= parts.pop(0)
+    return str(Path(glob.escape(str(start)), *parts))
+
+
+def _special(path: Path) -> str:
+    """What a file is that is neither a file nor a folder."""
+    if path.is_fifo():
+        return "a named pipe (FIFO)"
+    if path.is_socket():
+        return "a socket"
+    if path.is_block_device() or path.is_char_device():
+        return "a device"
+    return "a link that leads nowhere" if path.is_symlink() else "not a regular file"
+
+
+def _walk(
+    folder: Path, report: Report, skip: frozenset[str] = frozenset(), seen: frozenset[str] = frozenset()
+) -> Iterator[Path]:
     """Files below a folder that may be text; links are followed, but not in circles."""
     real = os.path.realpath(folder)
     if real in seen:
         return
     try:
-        entries = list(os.scandir(folder))
+        with os.scandir(folder) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"folder {folder}: cannot be read: {error.strerror}") from None
     for entry in entries:
         if entry.name.startswith(".") or entry.name in skip:
             continue
+        suffix = entry.name.rpartition(".")[2].lower()
         if entry.is_dir():
-            yield from _walk(Path(entry.path), skip, seen | {real})
-        elif entry.is_file() and entry.name.rpartition(".")[2].lower() not in BINARY:
+            yield from _walk(Path(entry.path), report, skip, seen | {real})
+        elif not entry.is_file():
+            report(Problem(entry.path, None, _special(Path(entry.path)), "passed over", "special"))
+        elif suffix in BINARY:
+            report(Problem(entry.path, None, f"a .{suffix} file", "passed over", "not text"))
+        else:
             yield Path(entry.path)
 
 
@@ -206,7 +187,9 @@ def _standard_library() -> list[tuple[str, Path]]:
         )
     skip = frozenset({"site-packages", "dist-packages", "__pycache__"})
     files = [
-        file for file in _walk(root, skip) if file.suffix in {".py", ".txt", ".rst", ".md"} and file.stat().st_size
+        file
+        for file in _walk(root, lambda problem: None, skip)  # only some kinds are meant
+        if file.suffix in {".py", ".txt", ".rst", ".md"} and file.stat().st_size
     ]
     return [(f"python:{file.relative_to(root).as_posix()}", file) for file in sorted(files, key=Path.as_posix)]
 
@@ -226,18 +209,37 @@ def spool_stdin(folder: Path) -> Path:
         raise DataError("source -: standard input is a terminal. Pipe text into the command, or give a path.")
     folder = folder / "stdin"
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-            file.write(block)
-        size = file.tell()
-    if size == 0:
-        os.unlink(file.name)
-        raise DataError("source -: standard input is empty")
-    target = folder / f"{digest.hexdigest()[:32]}.txt"
-    os.replace(file.name, target)
-    return target
+    _clean(folder)
+    digest, size = hashlib.sha256(), 0
+    descriptor, name = tempfile.mkstemp(prefix=f"tmp-{os.getpid()}-", dir=folder)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            while block := _read_block(stream):
+                digest.update(block)
+                file.write(block)
+                size += len(block)
+        if size == 0:
+            raise DataError("source -: standard input is empty")
+        target = folder / f"{digest.hexdigest()[:32]}.txt"
+        os.replace(name, target)
+        return target
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _read_block(stream: BinaryIO) -> bytes:
+    try:
+        return stream.read(1 << 20)
+    except OSError as error:  # a folder, a closed terminal
+        raise DataError(f"source -: standard input cannot be read: {error.strerror}") from None
+
+
+def _clean(folder: Path) -> None:
+    """Remove what processes that are no more have left behind."""
+    for path in folder.glob("tmp*"):
+        maker = path.name.split("-")[1] if path.name.startswith("tmp-") else ""
+        if not (maker.isdigit() and psutil.pid_exists(int(maker))):
+            path.unlink(missing_ok=True)
 
 
 # -- data sets ---------------------------------------------------------------------------------------------------------
@@ -300,13 +302,18 @@ def _digested(files: list[tuple[str, Path]], cache: Path | None) -> list[Item]:
 def _file_digest(path: Path, cache: Path | None) -> tuple[str, int, int]:
     """(SHA-256 of the contents, bytes, modification time). A file that cannot be read is reported in its turn."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
             stat = os.fstat(file.fileno())
             if stat.st_size < REMEMBER or cache is None:
                 return _sha256(file), stat.st_size, stat.st_mtime_ns
             return _remembered(file, path, stat, cache), stat.st_size, stat.st_mtime_ns
     except OSError as error:
         return f"unreadable: {error.errno}", 0, 0
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file; one that has become a named pipe in the meantime does not wait for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _sha256(file: BinaryIO) -> str:

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kiem.data.bounds import all_bounded, bounded
 from kiem.errors import DataError
 
 EOT = "<|endoftext|>"
@@ -21,16 +22,28 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+LARGEST_FILE = 256 * 1024 * 1024  # bytes of a tokenizer.json
+MOST_ENTRIES = 10_000_000  # of a vocabulary
 
 
 class Tokenizer:
     """Wraps `tokenizers.Tokenizer`. Text that spells a special token is encoded as ordinary text."""
 
     def __init__(self, core: Any, eot: str | None = None) -> None:
-        """`eot`: the end of text; without it, a known one of the vocabulary, else `<|endoftext|>` is added."""
+        """`eot`: the end of text; without it, a known one of the vocabulary, else `<|endoftext|>` is added.
+
+        Raises DataError for an empty vocabulary, ids that are far apart, and for encoding that depends on chance.
+        """
         vocabulary = core.get_vocab(with_added_tokens=True)
+        wanted, self.notes = eot, list[str]()
         if eot not in vocabulary:
             eot = next((name for name in KNOWN_EOT if name in vocabulary), EOT)
+            if wanted is not None:
+                how = "its" if eot in vocabulary else "the added"
+                self.notes.append(
+                    f"its end of text is {wanted!r} (eos_token of tokenizer_config.json), which is not in its "
+                    f"vocabulary: {how} {eot!r} is used"
+                )
         core.add_special_tokens([eot])  # in the vocabulary already: the id stays, the token becomes special
         core.no_padding()
         core.no_truncation()
@@ -39,6 +52,7 @@ class Tokenizer:
         self.eot_id: int = core.token_to_id(eot)
         self.vocab_size: int = max(core.get_vocab(with_added_tokens=True).values()) + 1
         self._spec = json.loads(core.to_str())
+        _check_spec(self._spec, len(vocabulary), self.vocab_size)
         self._byte_level = "ByteLevel" in json.dumps(self._spec.get("decoder"))
         self._no_merges = self._spec["model"].get("type") == "BPE" and not self._spec["model"]["merges"]
 
@@ -66,6 +80,31 @@ class Tokenizer:
             and all(vocabulary.get(c) == b for b, c in enumerate(_byte_alphabet()))
         )
 
+    @cached_property
+    def exact(self) -> bool:
+        """The text comes back unchanged, and `token_bytes` says exactly how much of it each id stands for: byte-level
+        tokenizers that change nothing beforehand, and those of characters."""
+        if self._alphabet is not None:
+            return self._spec["normalizer"] is None and self._spec["pre_tokenizer"] is None
+        vocabulary = self._spec["model"].get("vocab") or {}
+        return (
+            self._byte_level
+            and self._spec["normalizer"] is None
+            and '"add_prefix_space": true' not in json.dumps(self._spec["pre_tokenizer"])
+            and "ByteLevel" in json.dumps(self._spec["pre_tokenizer"])
+            and self._spec["model"].get("type") == "BPE"
+            and all(c in vocabulary for c in _byte_alphabet())
+        )
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id that stands for what is not in the vocabulary, if there is one."""
+        model = self._spec["model"]
+        if isinstance(model.get("unk_id"), int):
+            return model["unk_id"]
+        name = model.get("unk_token")
+        return self.core.token_to_id(name) if isinstance(name, str) else None
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens. `decode(encode(text)) == text` for the tokenizers made here."""
         return self.encode_arrays([text])[0].tolist()
@@ -80,8 +119,30 @@ class Tokenizer:
             self._check(text)
         if self._plain_bytes:
             return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
-        encodings = self.core.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        parts = [bounded(text) for text in texts]
+        encodings = iter(self._encode(self.core.encode_batch_fast, [part for text in parts for part in text]))
+        found = [[np.array(next(encodings).ids, np.uint32) for _ in text] for text in parts]
+        return [ids[0] if len(ids) == 1 else np.concatenate(ids) for ids in found]
+
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of a text, uint32 (n,), and where each one's characters are in it, int64 (n, 2): start and end."""
+        self._check(text)
+        parts = bounded(text)
+        ids, spans, start = [], [], 0
+        for part, encoding in zip(parts, self._encode(self.core.encode_batch, parts), strict=True):
+            ids.append(np.array(encoding.ids, np.uint32))
+            spans.append(np.array(encoding.offsets, np.int64).reshape(-1, 2) + start)
+            start += len(part)
+        return np.concatenate(ids), np.concatenate(spans)
+
+    def _encode(self, encode: Any, texts: list[str]) -> list[Any]:
+        try:
+            return encode(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises a bare Exception
+            raise DataError(
+                f"the tokenizer cannot encode the text ({error}). Its tokenizer.json is incomplete: use another "
+                "tokenizer, such as bpe or bytes."
+            ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; special tokens are written out, bytes that are not UTF-8 become U+FFFD."""
@@ -122,16 +183,25 @@ class Tokenizer:
             os.replace(temporary, folder / name)
 
     @staticmethod
-    def load(path: str | Path) -> "Tokenizer":
-        """Read a `tokenizer.json`, or a folder with one, or with GPT-2's `vocab.json` and `merges.txt`."""
+    def load(path: str | Path, trusted: bool = False) -> "Tokenizer":
+        """Read a `tokenizer.json`, or a folder with one, or with GPT-2's `vocab.json` and `merges.txt`.
+
+        Unless it is `trusted`, or as plain as those made here, it is first loaded and tried in a process of its own
+        (foreign.py): a hostile one can hang or abort the library. Raises DataError.
+        """
         path = Path(path).expanduser()
         folder = path if path.is_dir() else path.parent
         file = path / "tokenizer.json" if path.is_dir() else path
         if file.is_file():
-            return Tokenizer(_read_core(file), _stated_eot(folder))
+            text = _read_text(file)
+            if not trusted and not _plain(text):
+                from kiem.data.foreign import try_out
+
+                try_out(file)
+            return _named_errors(file, lambda: Tokenizer(_core(file, text), _stated_eot(folder)))
         vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
         if path.is_dir() and vocabulary.is_file() and merges.is_file():
-            return Tokenizer(_gpt2_core(vocabulary, merges), _stated_eot(folder))
+            return _named_errors(path, lambda: Tokenizer(_gpt2_core(vocabulary, merges), _stated_eot(folder)))
         found = "it does not exist" if not path.exists() else f"it has neither (given: {path})"
         raise DataError(
             f"tokenizer {path}: {found}. Use bpe, bytes, chars, a tokenizer.json, or a folder with "
@@ -160,7 +230,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     core = _byte_level_core(SPLIT)
     alphabet = sorted(_byte_alphabet())
     core.train_from_iterator(
-        texts,
+        all_bounded(texts),
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[AddedToken(EOT, special=True, normalized=False)],
@@ -213,11 +283,63 @@ def _byte_level_core(split: str | None, vocabulary: dict | None = None, merges: 
     return core
 
 
-def _read_core(file: Path) -> Any:
+def _check_spec(spec: dict[str, Any], n_entries: int, vocab_size: int) -> None:
+    """Refuse what cannot serve as a tokenizer of training text."""
+    if not n_entries:
+        raise DataError("its vocabulary is empty")
+    if vocab_size > min(MOST_ENTRIES, 4 * n_entries + 10_000):
+        raise DataError(f"its ids go up to {vocab_size - 1:,}, for {n_entries:,} entries: ids must count from 0")
+    if spec["model"].get("dropout"):
+        raise DataError(
+            f"it has BPE dropout ({spec['model']['dropout']}), so that the same text gives other tokens each time: set "
+            "model.dropout to null in its tokenizer.json"
+        )
+
+
+def _named_errors(path: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer, or a DataError that names its file."""
+    try:
+        return make()
+    except DataError as error:
+        text = str(error)
+        raise DataError(text if text.startswith("tokenizer ") else f"tokenizer {path}: {text}") from None
+
+
+def _read_text(file: Path) -> str:
+    try:
+        if file.stat().st_size > LARGEST_FILE:
+            raise DataError(f"tokenizer {file}: {file.stat().st_size:,} bytes, at most {LARGEST_FILE:,} are read")
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"tokenizer {file}: not a Hugging Face tokenizer.json (not UTF-8 text)") from None
+    except OSError as error:
+        raise DataError(f"tokenizer {file}: cannot be read: {error.strerror}") from None
+
+
+def _plain(text: str) -> bool:
+    """Whether a tokenizer.json is of the kind made here: BPE with dense ids, and no other part than ours."""
+    try:
+        spec = json.loads(text)
+        model, parts = spec["model"], (spec["normalizer"], spec["post_processor"])
+        ids = sorted({**model["vocab"], **{token["content"]: token["id"] for token in spec["added_tokens"]}}.values())
+        made = [_byte_level_core(split).to_str() for split in (SPLIT, None)]
+        splits = [None, *(json.loads(core)["pre_tokenizer"] for core in made)]
+        return (
+            model["type"] == "BPE"
+            and parts == (None, None)
+            and spec["pre_tokenizer"] in splits
+            and spec["decoder"] in ({"type": "Fuse"}, json.loads(made[0])["decoder"])
+            and ids == list(range(len(ids)))
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def _core(file: Path, text: str) -> Any:
     from tokenizers import Tokenizer as Core
 
     try:
-        return Core.from_str(file.read_text(encoding="utf-8"))
+        return Core.from_str(text)
     except Exception as error:  # the library raises a bare Exception
         raise DataError(f"tokenizer {file}: not a Hugging Face tokenizer.json ({error})") from None
 
@@ -240,9 +362,13 @@ def _gpt2_core(vocabulary_file: Path, merges_file: Path) -> Any:
 
 def _stated_eot(folder: Path) -> str | None:
     """The end of text that `tokenizer_config.json` beside the tokenizer names, if any."""
+    file = folder / "tokenizer_config.json"
     try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        token = settings.get("eos_token")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return token.get("content") if isinstance(token, dict) else token
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"tokenizer {file}: cannot be read as JSON ({str(error)[:200]}): repair or remove it") from None
+    token = settings.get("eos_token") if isinstance(settings, dict) else None
+    name = token.get("content") if isinstance(token, dict) else token
+    if name is not None and not isinstance(name, str):
+        raise DataError(f"tokenizer {file}: eos_token is {type(name).__name__}: it takes one token, as text")
+    return name
