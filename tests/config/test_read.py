@@ -321,11 +321,16 @@ def test_the_later_source_wins(write):
 
 def test_sources_in_every_form():
     assert read_config({"data": {"sources": "a"}}).data.sources == [Source(path="a")]
-    mixed = {"data": {"sources": ["a", {"path": "b", "weight": 2}]}}
-    assert read_config(mixed).data.sources == [Source(path="a"), Source(path="b", weight=2.0)]
+    mixed = {"data": {"sources": ["a", {"path": "b", "text_key": "body"}]}}
+    assert read_config(mixed).data.sources == [Source(path="a"), Source(path="b", text_key="body")]
     assert read_config(None, ["sources=a.txt"]).data.sources == [Source(path="a.txt")]
-    assert read_config(None, ["data.sources=['a', {'path': 'b', 'weight': 2}]"]).data.sources == read_config(
+    assert read_config(None, ["data.sources=['a', {'path': 'b', 'text_key': 'body'}]"]).data.sources == read_config(
         mixed).data.sources  # fmt: skip
+
+
+def test_either_all_sources_have_a_weight_or_none():
+    message = refused({"data": {"sources": ["a", {"path": "b", "weight": 2}]}})
+    assert "a has no weight and others have one: give every source a weight (PATH=WEIGHT), or none" in message
 
 
 def test_a_problem_names_the_option_that_it_came_from():

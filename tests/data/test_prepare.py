@@ -4,10 +4,12 @@ import errno
 import gzip
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from corpora import config, contents, folder_of, texts
 
 from kiem.config.run import Source
 from kiem.data import prepare as module
-from kiem.data.prepare import prepare
+from kiem.data.prepare import find, prepare
 from kiem.data.shards import open_dataset
 from kiem.errors import DataError, StorageError
 
@@ -131,7 +133,7 @@ def test_a_damaged_cache_is_made_again(tmp_path):
 
 def test_problems_are_in_the_report(tmp_path):
     folder, cache = folder_of(tmp_path / "text", 20), tmp_path / "cache"
-    (folder / "!bad.txt").write_bytes(b"caf\xe9")
+    (folder / "!bad.txt").write_bytes("übe".encode() + b"caf\xe9")
     for _ in range(2):  # the second time from the cache
         report = prepare(config(folder), 0, cache).report
         assert report["n_problems"] == 1 and report["documents"] in (20, 21)
@@ -140,14 +142,18 @@ def test_problems_are_in_the_report(tmp_path):
                 "origin": str(folder / "!bad.txt"),
                 "line": 1,
                 "action": "left out",
-                "what": "not UTF-8 (byte 0xe9 at offset 3)",
+                "what": "not UTF-8 (byte 0xe9 at offset 7)",
+                "kind": "not UTF-8",
             }
         ]
+        assert report["notes"] == [
+            f"1 document is not valid UTF-8 ({folder}/!bad.txt, line 1: not UTF-8 (byte 0xe9 at offset 7)): left out"
+        ]
     replaced = prepare(config(folder, on_bad_text="replace"), 0, cache)
-    assert "caf\ufffd" in texts(replaced, replaced.train[0][0])
+    assert "übecaf\ufffd" in texts(replaced, replaced.train[0][0])
     with pytest.raises(DataError, match=r"!bad\.txt, line 1: not UTF-8"):
         prepare(config(folder, on_bad_text="error"), 0, cache)
-    with pytest.raises(DataError, match=r"no text in it that can be used \(1 problems, the first: .*not UTF-8"):
+    with pytest.raises(DataError, match=r"no text in it that can be used \(1 problem, such as: .*not UTF-8"):
         prepare(config(folder / "!bad.txt"), 0, cache)
 
 
@@ -242,6 +248,64 @@ def test_a_full_disk_is_said_and_gone_on_from(tmp_path, many_shards, monkeypatch
         prepare(data, 0, tmp_path / "file")
 
 
+def test_a_full_disk_leaves_nothing_behind(tmp_path, many_shards, monkeypatch):
+    data = corpus(tmp_path)
+    expected = contents(prepare(data, 0, tmp_path / "a").path)
+    added = []
+    add = module.ShardWriter.add
+
+    def full(self, *arguments):
+        added.append(1)
+        if len(added) == 50:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.folder / self.name))
+        return add(self, *arguments)
+
+    monkeypatch.setattr(module.ShardWriter, "add", full)
+    with pytest.raises(StorageError):
+        prepare(data, 0, tmp_path / "b")
+    assert not list((tmp_path / "b").rglob("*.tmp"))
+    [folder] = (path for path in (tmp_path / "b" / "data").iterdir() if path.is_dir())
+    (folder / "train-000-00077.bin.tmp").write_bytes(b"left by a process that was killed")
+    other = tmp_path / "b" / "data" / "other"
+    other.mkdir()
+    (other / "train-000-00000.bin.tmp").write_bytes(b"of another text")
+    assert contents(prepare(data, 0, tmp_path / "b").path) == expected
+    assert not list((tmp_path / "b").rglob("*.tmp"))
+
+
+def test_prepared_data_is_found_by_its_fingerprint(tmp_path):
+    """A run whose text came from standard input, or is gone, can still be resumed and scored."""
+    folder, cache = folder_of(tmp_path / "text", 50), tmp_path / "cache"
+    first = prepare(config(folder), 0, cache)
+    prepare(config(folder_of(tmp_path / "more", 30)), 0, cache)
+    shutil.rmtree(folder)
+    found = find(first.fingerprint, cache)
+    assert found.fingerprint == first.fingerprint and texts(found, found.validation) == texts(first, first.validation)
+    assert found.report["validation"]["rule"] == first.report["validation"]["rule"]
+    assert find("0" * 64, cache) is None and find(first.fingerprint, tmp_path / "nowhere") is None
+    (first.path / "manifest.json").unlink()
+    os.mkfifo(first.path / "manifest.json")  # is never opened
+    assert find(first.fingerprint, cache) is None
+    with pytest.raises(DataError, match="not a regular file"):
+        open_dataset(first.path)
+
+
+@pytest.mark.parametrize("character", ["a", " ", "\n", "漢", "ACGT", "!?"])
+def test_a_long_line_takes_the_time_of_ordinary_text(tmp_path, character):
+    """600,000 characters without a boundary; unbounded, merging them takes minutes."""
+    rng = random.Random(0)
+    several = len(character) > 1
+    file = tmp_path / "a.txt"
+    text = "".join(rng.choices(character, k=600_000)) if several else character * 600_000
+    if character == "漢":
+        text = "".join(chr(0x4E00 + rng.randrange(3000)) for _ in range(200_000))
+    file.write_text(text)
+    began = time.process_time()
+    dataset = prepare(config(file, tokenizer="bpe"), 400, tmp_path / "cache")
+    assert time.process_time() - began < 20
+    assert sorted("".join(texts(dataset, dataset.train[0][0]) + texts(dataset, dataset.validation))) == sorted(text)
+
+
 def test_text_that_changes_meanwhile_leaves_no_data(tmp_path, many_shards):
     data = corpus(tmp_path)
     victim = tmp_path / "one.txt"
@@ -288,7 +352,7 @@ def start(data, cache, **options):
 
 
 def finish(process):
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     return process.returncode, json.loads(out) if out else None
 
 

@@ -7,6 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kiem.config.run import DataConfig, Source
+from kiem.data.bounds import bounded
+from kiem.data.foreign import bytes_of_tokens, measure
+from kiem.data.loader import validation_batches
+from kiem.data.prepare import prepare
 from kiem.data.tokenizer import EOT, Tokenizer, _byte_alphabet, bytes_tokenizer, chars_tokenizer, train_bpe
 from kiem.errors import DataError
 
@@ -135,3 +140,150 @@ def test_batches_equal_single_texts():
     texts = [*TEXTS[:2], "", "x"]
     assert BPE.encode_batch(texts) == [BPE.encode(text) for text in texts]
     assert [ids.dtype for ids in BPE.encode_arrays(texts)] == [np.uint32] * 4
+
+
+# -- tokenizers of others ----------------------------------------------------------------------------------------------
+
+
+def foreign(path, core, **changes):
+    """A tokenizer.json made with the library, then changed."""
+    spec = json.loads(core.to_str())
+    spec["model"] |= changes.pop("model", {})
+    path.write_text(json.dumps(spec | changes))
+    return path
+
+
+def wordpiece(lowercase=False):
+    from tokenizers import Tokenizer as Core
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    words = ["[UNK]", "the", "cat", "##s", "sat", "on", "mat", ".", ",", "##é"]
+    core = Core(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    if lowercase:
+        core.normalizer = normalizers.Lowercase()
+    return core
+
+
+def sentencepiece():
+    """As SentencePiece's: words begin with the mark of a space, and bytes stand for what is unknown."""
+    from tokenizers import Tokenizer as Core
+    from tokenizers import decoders, models, normalizers
+
+    pieces = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "▁the", "▁cat", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    core = Core(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0, byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return core
+
+
+@pytest.mark.parametrize("text", ["the cats sat on the mat, the é 漢 x.", "the\n the\t the ", "", "é漢🙂", "  the"])
+@pytest.mark.parametrize("make", [wordpiece, sentencepiece], ids=["wordpiece", "sentencepiece"])
+def test_the_bytes_of_tokens_add_up_to_the_text(make, text):
+    """Single decoded ids say too little: the space before a word belongs to it."""
+    tokenizer = Tokenizer(make())
+    ids, spans = tokenizer.encode_with_spans(text)
+    sizes = bytes_of_tokens(text, spans)
+    assert not tokenizer.exact and ids.tolist() == tokenizer.encode(text) and (sizes >= 0).all()
+    assert sizes.sum() == (len(text.encode()) if len(ids) else 0)
+
+
+def test_what_a_tokenizer_loses_is_measured():
+    loss = measure(Tokenizer(wordpiece()), ["the cats sat on the mat, the 漢字"])
+    assert not loss.lossless and loss.unknown_share == pytest.approx(6 / 35)
+    assert "17 % of it is unknown" in loss.describe() and "bits per byte cannot be compared" in loss.describe()
+    loss = measure(Tokenizer(wordpiece(lowercase=True)), ["the CAT sat"])
+    assert not loss.lossless and loss.unknown_share == 0 and loss.example == ("the CAT sat", "the cat sat")
+    assert measure(Tokenizer(sentencepiece()), ["the cat, é\n"]).lossless
+    with pytest.raises(DataError, match="does not know 100 % of the text"):
+        measure(Tokenizer(wordpiece()), ["nothing known here"])
+
+
+def test_characters_that_vanish_are_counted():
+    from tokenizers import Tokenizer as Core
+    from tokenizers import decoders, models
+
+    core = Core(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    core.decoder = decoders.Fuse()
+    assert measure(Tokenizer(core), ["abcabab"]).unknown_share == pytest.approx(1 / 7)
+
+
+def test_a_lossy_tokenizer_is_said_and_its_bytes_are_those_of_the_text(tmp_path):
+    text = "".join(f"the cats sat on the mat, the cat sat {'on ' * (i % 7)}the é.\n" for i in range(300))
+    (tmp_path / "t.txt").write_text(text)
+    file = foreign(tmp_path / "w.json", wordpiece())
+    data = DataConfig(sources=[Source(path=str(tmp_path / "t.txt"))], tokenizer=str(file))
+    dataset = prepare(data, 0, tmp_path / "cache")
+    assert not dataset.lossless and 0 < dataset.unknown_share < 0.1
+    assert any("the tokenizer loses text" in note for note in dataset.report["notes"])
+    held = dataset.validation
+    assert held.text_bytes(0, held.n_tokens) == held.n_bytes == dataset.report["validation"]["bytes"]
+    counts = [held.text_bytes(i, i + 1) for i in range(held.n_tokens)]
+    assert sum(counts) == held.n_bytes and max(counts) < 10
+    batches = list(validation_batches(held, 16, 4))
+    assert sum(batch.target_bytes() for batch in batches) == held.n_bytes
+    again = prepare(data, 0, tmp_path / "cache")
+    assert (again.lossless, again.unknown_share) == (False, dataset.unknown_share)
+
+
+BAD_TOKENIZERS = {
+    "dropout": (lambda p: foreign(p, BPE.core, model={"dropout": 0.1}), "BPE dropout"),
+    "no vocabulary": (lambda p: foreign(p, wordpiece(), model={"vocab": {}}, added_tokens=[]), ""),
+    "no unknown token": (lambda p: foreign(p, wordpiece(), model={"unk_token": "[MISSING]"}), "MISSING|UNK"),
+    "ids far apart": (lambda p: foreign(p, wordpiece(), model={"vocab": {"[UNK]": 0, "a": 9_000_000}}), "ids"),
+    "an id of 2^31": (lambda p: foreign(p, wordpiece(), model={"vocab": {"[UNK]": 0, "a": 2**31}}), ""),
+    "a costly regex": (
+        lambda p: foreign(
+            p,
+            BPE.core,
+            pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+        ),
+        "",
+    ),
+    "a broken normalizer": (
+        lambda p: foreign(p, wordpiece(), normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA/wAA"}),
+        "",
+    ),
+    "100,000 brackets": (lambda p: p.write_text("[" * 100_000), "not a Hugging Face tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOKENIZERS)
+def test_a_bad_tokenizer_is_refused_in_words(tmp_path, name):
+    """It ends in a message, not in an abort, a hang or a traceback."""
+    make, says = BAD_TOKENIZERS[name]
+    file = tmp_path / "bad.json"
+    make(file)
+    if name == "a costly regex":  # the library may bound it itself
+        try:
+            Tokenizer.load(file)
+        except DataError as error:
+            assert "bad.json" in str(error)
+        return
+    with pytest.raises(DataError, match=rf"bad\.json.*({says})"):
+        Tokenizer.load(file)
+
+
+def test_an_end_of_text_that_is_no_token(tmp_path):
+    BPE.save(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"eos_token": ["a", "b"]}))
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: eos_token is list"):
+        Tokenizer.load(tmp_path)
+    config.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="cannot be read as JSON"):
+        Tokenizer.load(tmp_path)
+    config.write_text(json.dumps({"eos_token": "<|gone|>"}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.eot == EOT and "'<|gone|>'" in tokenizer.notes[0] and "is used" in tokenizer.notes[0]
+
+
+def test_long_runs_are_cut_the_same_in_training_and_encoding():
+    text = "word " + "a" * 1000 + " " * 700 + "!" * 300 + "b" * 256 + " 漢" * 400 + "漢" * 600 + "end"
+    parts = bounded(text)
+    assert "".join(parts) == text and [len(part) for part in parts[1:4]] == [256, 256, 232 + 256]
+    assert bounded("a" * 256) == ["a" * 256] and bounded("ordinary text. " * 5000) == ["ordinary text. " * 5000]
+    assert BPE.decode(BPE.encode(text)) == text
+    assert train_bpe([text], 300).digest == train_bpe(parts, 300).digest

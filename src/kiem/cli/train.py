@@ -102,11 +102,8 @@ def prepare(sources, config, tokenizer, quiet, as_json) -> None:
         f"training {integer_text(train['tokens'])} tokens, "
         f"held out {integer_text(held_out['tokens'])} ({held_out['rule']})"
     )
-    for problem in report["problems"][:10]:
-        line = "" if problem["line"] is None else f":{problem['line']}"
-        click.echo(f"  {problem['origin']}{line}: {problem['what']} ({problem['action']})", err=True)
-    if report["n_problems"] > 10:
-        click.echo(f"  and {report['n_problems'] - 10} more (all with --json)", err=True)
+    for note in report["notes"]:
+        click.echo(f"  {note}", err=True)
     click.echo(f"in {report['path']}")
 
 

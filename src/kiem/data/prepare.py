@@ -24,7 +24,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from kiem.config.run import DataConfig, Source
 from kiem.data.foreign import Loss, bytes_of_tokens, measure
@@ -37,6 +37,7 @@ from kiem.data.shards import (
     Dataset,
     ShardWriter,
     check_shard,
+    fingerprint_of,
     open_dataset,
     token_type,
     write_json,
@@ -131,6 +132,7 @@ def prepare(
         with suppress(DataError):  # not there, or damaged
             return _noted(open_dataset(folder, weights, names), passed_over)
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder.parent)
         with FileLock(folder.with_suffix(".lock")):
             if (folder / MANIFEST).exists():
                 with suppress(DataError):  # another process has made it while this one waited
@@ -147,6 +149,27 @@ def prepare(
                 shutil.rmtree(folder)  # what is there was made from text that is no more
                 raise
             return _noted(open_dataset(folder, weights, names), passed_over)
+
+
+def find(fingerprint: str, cache: Path) -> Dataset | None:
+    """The prepared data with this fingerprint, if it is in the cache: the text itself need not be there any more.
+
+    Sources have the names and shares by size that they were prepared with.
+    """
+    for manifest in sorted((Path(cache) / "data").glob(f"*/{MANIFEST}")):
+        with suppress(DataError, OSError):  # damaged, or removed meanwhile
+            if manifest.is_file() and fingerprint_of(manifest.parent) == fingerprint:
+                dataset = open_dataset(manifest.parent)
+                return _noted(dataset, Problems()) if dataset.fingerprint == fingerprint else None
+    return None
+
+
+def _sweep(data: Path) -> None:
+    """Remove half-written files of processes that are no more: on a full disk they would keep it full."""
+    for folder in {path.parent for path in data.glob("*/*.tmp")}:
+        with suppress(Timeout, OSError), FileLock(folder.with_suffix(".lock"), timeout=0):
+            for path in folder.glob("*.tmp"):
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

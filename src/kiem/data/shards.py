@@ -134,10 +134,13 @@ def _close_durably(file: Any) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write through a temporary file, so that there is the whole of it or nothing."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=True)
-        _close_durably(file)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, ensure_ascii=True)
+            _close_durably(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):  # the rename itself is durable once the folder is
         descriptor = os.open(path.parent, os.O_DIRECTORY)
         try:
@@ -224,8 +227,9 @@ class Split:
 
     def _read(self, start: int, stop: int, suffix: str, dtype: np.dtype) -> np.ndarray:
         """Entries [start, stop) of the shards' files of a kind."""
+        parts = self._parts(start, stop)
         out = np.empty(stop - start, dtype)
-        for shard, base, first, last in self._parts(start, stop):
+        for shard, base, first, last in parts:
             with open(self.folder / f"{shard['name']}.{suffix}", "rb", buffering=0) as file:
                 file.seek((first - base) * dtype.itemsize)
                 view = memoryview(out[first - start : last - start]).cast("B")
@@ -344,10 +348,9 @@ def open_dataset(
     elif len(weights) != len(splits):
         raise DataError(f"{path}: {len(weights)} weights for {len(splits)} sources")
     total = sum(weights)
-    content = [body["dtype"], body["tokenizer"], [_contents(s) for s in body["train"]], _contents(body["validation"])]
     dataset = Dataset(
         path,
-        hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        _fingerprint(body),
         tokenizer,
         [(split, weight / total) for split, weight in zip(splits, weights, strict=True)],
         Split(path, "validation", body["validation"], dtype, tokenizer),
@@ -372,6 +375,16 @@ def _named(report: dict, names: Sequence[str] | None) -> dict:
     return report | {"sources": sources, "validation": report["validation"] | {"rule": rule}}
 
 
+def fingerprint_of(path: Path) -> str:
+    """The fingerprint of prepared data, from its manifest alone. Raises DataError if it is damaged."""
+    return _fingerprint(_read_manifest(path))
+
+
+def _fingerprint(body: dict) -> str:
+    content = [body["dtype"], body["tokenizer"], [_contents(s) for s in body["train"]], _contents(body["validation"])]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def _contents(shards: list[dict]) -> list[str]:
     return [shard["files"][f"{shard['name']}.{suffix}"]["sha256"] for shard in shards for suffix in ("bin", "docs")]
 
@@ -382,6 +395,8 @@ def _shards(dataset: Dataset) -> list[dict]:
 
 def _read_manifest(path: Path) -> dict:
     try:
+        if (path / MANIFEST).exists() and not (path / MANIFEST).is_file():
+            raise ValueError("it is not a regular file")
         body = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         checksum = body.pop("checksum")
     except FileNotFoundError:
@@ -389,7 +404,7 @@ def _read_manifest(path: Path) -> dict:
             f"{path}: not prepared data (no {MANIFEST}; it is written last, so preparing did not end). "
             "Prepare the text again: it goes on where it stopped."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path / MANIFEST}: damaged ({error}). Delete {path} and prepare again.") from None
     if body.get("format") != FORMAT:
         raise DataError(

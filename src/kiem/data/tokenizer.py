@@ -35,20 +35,14 @@ class Tokenizer:
         Raises DataError for an empty vocabulary, ids that are far apart, and for encoding that depends on chance.
         """
         vocabulary = core.get_vocab(with_added_tokens=True)
-        wanted, self.notes = eot, list[str]()
         if eot not in vocabulary:
             eot = next((name for name in KNOWN_EOT if name in vocabulary), EOT)
-            if wanted is not None:
-                how = "its" if eot in vocabulary else "the added"
-                self.notes.append(
-                    f"its end of text is {wanted!r} (eos_token of tokenizer_config.json), which is not in its "
-                    f"vocabulary: {how} {eot!r} is used"
-                )
         core.add_special_tokens([eot])  # in the vocabulary already: the id stays, the token becomes special
         core.no_padding()
         core.no_truncation()
         core.encode_special_tokens = True
         self.core, self.eot = core, eot
+        self.notes: list[str] = []  # what a user should know of it
         self.eot_id: int = core.token_to_id(eot)
         self.vocab_size: int = max(core.get_vocab(with_added_tokens=True).values()) + 1
         self._spec = json.loads(core.to_str())
@@ -179,8 +173,11 @@ class Tokenizer:
             ("tokenizer_config.json", json.dumps(settings, indent=2)),
         ):
             temporary = folder / f".{name}.{os.getpid()}"
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, folder / name)
+            try:
+                temporary.write_text(text, encoding="utf-8")
+                os.replace(temporary, folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: str | Path, trusted: bool = False) -> "Tokenizer":
@@ -190,6 +187,8 @@ class Tokenizer:
         (foreign.py): a hostile one can hang or abort the library. Raises DataError.
         """
         path = Path(path).expanduser()
+        if len(os.fsencode(path.name)) > 255:
+            raise DataError(f"tokenizer {path}: no file can have so long a name. Use bpe, bytes, chars, or a path.")
         folder = path if path.is_dir() else path.parent
         file = path / "tokenizer.json" if path.is_dir() else path
         if file.is_file():
@@ -198,10 +197,10 @@ class Tokenizer:
                 from kiem.data.foreign import try_out
 
                 try_out(file)
-            return _named_errors(file, lambda: Tokenizer(_core(file, text), _stated_eot(folder)))
+            return _loaded(file, folder, lambda: _core(file, text))
         vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
         if path.is_dir() and vocabulary.is_file() and merges.is_file():
-            return _named_errors(path, lambda: Tokenizer(_gpt2_core(vocabulary, merges), _stated_eot(folder)))
+            return _loaded(path, folder, lambda: _gpt2_core(vocabulary, merges))
         found = "it does not exist" if not path.exists() else f"it has neither (given: {path})"
         raise DataError(
             f"tokenizer {path}: {found}. Use bpe, bytes, chars, a tokenizer.json, or a folder with "
@@ -296,13 +295,20 @@ def _check_spec(spec: dict[str, Any], n_entries: int, vocab_size: int) -> None:
         )
 
 
-def _named_errors(path: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
-    """The tokenizer, or a DataError that names its file."""
+def _loaded(path: Path, folder: Path, make: Callable[[], Any]) -> Tokenizer:
+    """The tokenizer with the end of text that is stated beside it. A DataError names its file."""
     try:
-        return make()
+        stated = _stated_eot(folder)
+        tokenizer = Tokenizer(make(), stated)
     except DataError as error:
         text = str(error)
         raise DataError(text if text.startswith("tokenizer ") else f"tokenizer {path}: {text}") from None
+    if stated not in (None, tokenizer.eot):
+        tokenizer.notes.append(
+            f"its end of text is {stated!r} (eos_token of tokenizer_config.json), which is not in its vocabulary: "
+            f"{tokenizer.eot!r} is used"
+        )
+    return tokenizer
 
 
 def _read_text(file: Path) -> str:
