@@ -17,7 +17,7 @@ from corpora import config, contents, folder_of, texts
 
 from kiem.config.run import Source
 from kiem.data import prepare as module
-from kiem.data.prepare import find, prepare
+from kiem.data.prepare import prepare
 from kiem.data.shards import open_dataset
 from kiem.errors import DataError, StorageError
 
@@ -273,20 +273,17 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, many_shards, monkeypatch):
     assert not list((tmp_path / "b").rglob("*.tmp"))
 
 
-def test_prepared_data_is_found_by_its_fingerprint(tmp_path):
-    """A run whose text came from standard input, or is gone, can still be resumed and scored."""
+def test_prepared_data_is_opened_though_its_text_is_gone(tmp_path):
+    """A run whose text came from standard input can still be resumed and scored."""
     folder, cache = folder_of(tmp_path / "text", 50), tmp_path / "cache"
     first = prepare(config(folder), 0, cache)
-    prepare(config(folder_of(tmp_path / "more", 30)), 0, cache)
     shutil.rmtree(folder)
-    found = find(first.fingerprint, cache)
+    found = open_dataset(first.path, [None], [str(folder)])
     assert found.fingerprint == first.fingerprint and texts(found, found.validation) == texts(first, first.validation)
-    assert found.report["validation"]["rule"] == first.report["validation"]["rule"]
-    assert find("0" * 64, cache) is None and find(first.fingerprint, tmp_path / "nowhere") is None
+    assert found.report == first.report and found.proportional
     (first.path / "manifest.json").unlink()
-    os.mkfifo(first.path / "manifest.json")  # is never opened
-    assert find(first.fingerprint, cache) is None
-    with pytest.raises(DataError, match="not a regular file"):
+    os.mkfifo(first.path / "manifest.json")
+    with pytest.raises(DataError, match="not a regular file"):  # it is never opened
         open_dataset(first.path)
 
 

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -108,9 +108,6 @@ class Loss:
     lossless: bool = True
     unknown_share: float = 0.0
     example: tuple[str, str] | None = None
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
     def describe(self) -> str:
         """In a sentence, for a tokenizer that is not lossless."""

@@ -7,7 +7,7 @@ in pieces cut at line boundaries; the pieces after the first have `continues`, s
 import gzip
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -172,7 +172,7 @@ class Damaged(Exception):
     """A compressed file that does not decompress to its end."""
 
 
-def blocks_of(path: Path) -> Iterator[bytes]:
+def blocks_of(path: Path) -> Generator[bytes, None, None]:
     """The decompressed bytes of a file, at most about BLOCK at a time."""
     suffix = path.suffix.lower()
     with open(path, "rb") as file:

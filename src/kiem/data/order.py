@@ -89,6 +89,7 @@ class Order:
 
     def drawn(self, blocks: int) -> list[int]:
         """Samples taken from each source in the first `blocks` blocks: cumulative floors, so they add up exactly."""
+        assert self._shares is not None, "without weights there are no blocks"
         ends = [int(share * blocks * self.block) for share in self._shares]
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 

@@ -37,7 +37,6 @@ from kiem.data.shards import (
     Dataset,
     ShardWriter,
     check_shard,
-    fingerprint_of,
     open_dataset,
     token_type,
     write_json,
@@ -80,10 +79,9 @@ class _Job:
 
     def options(self) -> dict:
         """Everything but the text that decides the tokens."""
-        trained = self.tokenizer is None
         return {
             "version": VERSION,
-            "tokenizer": self.data.tokenizer if trained else self.tokenizer.digest,
+            "tokenizer": self.data.tokenizer if self.tokenizer is None else self.tokenizer.digest,
             "vocab_size": self.vocab_size if self.data.tokenizer == "bpe" else None,
             "text_keys": [self.text_key(source) for source in self.sources],
             "train_sources": self.n_train,
@@ -125,8 +123,7 @@ def prepare(
             vocab_size,
             tokenizer,
         )
-        given = [source.weight for source in data.sources if source.weight is not None]
-        weights = given if len(given) == len(data.sources) else None  # all or none have one (config/run.py)
+        weights = [source.weight for source in data.sources]
         names = [source.path for source in sources]
         folder = Path(cache) / "data" / job.key()
         with suppress(DataError):  # not there, or damaged
@@ -149,19 +146,6 @@ def prepare(
                 shutil.rmtree(folder)  # what is there was made from text that is no more
                 raise
             return _noted(open_dataset(folder, weights, names), passed_over)
-
-
-def find(fingerprint: str, cache: Path) -> Dataset | None:
-    """The prepared data with this fingerprint, if it is in the cache: the text itself need not be there any more.
-
-    Sources have the names and shares by size that they were prepared with.
-    """
-    for manifest in sorted((Path(cache) / "data").glob(f"*/{MANIFEST}")):
-        with suppress(DataError, OSError):  # damaged, or removed meanwhile
-            if manifest.is_file() and fingerprint_of(manifest.parent) == fingerprint:
-                dataset = open_dataset(manifest.parent)
-                return _noted(dataset, Problems()) if dataset.fingerprint == fingerprint else None
-    return None
 
 
 def _sweep(data: Path) -> None:
@@ -294,7 +278,8 @@ def _encode_source(
     job: _Job, number: int, folder: Path, scan: Scan, tokenizer: Tokenizer, counter: "_Counter"
 ) -> list[list[dict]]:
     """The shards of one source, each with a training and a validation part."""
-    done, start, ended = [], (0, 0), False
+    done: list[list[dict]] = []
+    start, ended = (0, 0), False
     while not ended and (note := _read_note(folder, number, len(done))):
         done.append(note["shards"])
         start, ended = tuple(note["next"]), note["ended"]
@@ -416,23 +401,15 @@ def _batches(pieces: Iterator, size: int) -> Iterator[list]:
 
 
 def _noted(dataset: Dataset, passed_over: Problems) -> Dataset:
-    """The data set with the files that were passed over in its report, and what a user should be told in sentences."""
+    """The data set with the files that were passed over in its report too."""
     report = dataset.report
     problems = Problems(report["n_problems"], report["problem_counts"], report["problems"]).merged(passed_over)
-    tokenizer = report["tokenizer"]
-    loss = Loss(tokenizer["lossless"], tokenizer["unknown_share"], tokenizer["example"])
-    notes = [*(f"tokenizer: {note}" for note in tokenizer["notes"]), *([] if loss.lossless else [loss.describe()])]
-    notes += problems.sentences()
-    return replace(
-        dataset,
-        report=report
-        | {
-            "problems": problems.first,
-            "n_problems": problems.count,
-            "problem_counts": problems.counts,
-            "notes": notes,
-        },
-    )
+    notes = [*report["notes"], *passed_over.sentences()]
+    return replace(dataset, report=report | _problem_report(problems) | {"notes": notes})
+
+
+def _problem_report(problems: Problems) -> dict:
+    return {"problems": problems.first, "n_problems": problems.count, "problem_counts": problems.counts}
 
 
 def _report(job: _Job, facts: _Facts, train: list[list[dict]], validation: list[dict]) -> dict:
@@ -460,8 +437,11 @@ def _report(job: _Job, facts: _Facts, train: list[list[dict]], validation: list[
         "training": total([*chain(*train)], scans[: job.n_train], False),
         "validation": total(validation, scans, True),
         "sources": sources,
-        "tokenizer": facts.loss.to_dict() | {"notes": facts.notes},
-        "problems": problems.first,
-        "n_problems": problems.count,
-        "problem_counts": problems.counts,
+        "tokenizer": asdict(facts.loss),
+        "notes": [
+            *(f"tokenizer: {note}" for note in facts.notes),
+            *([] if facts.loss.lossless else [facts.loss.describe()]),
+            *problems.sentences(),
+        ],
+        **_problem_report(problems),
     }

@@ -52,7 +52,7 @@ class ShardWriter:
         self._sizes: list[np.ndarray] | None = [] if with_sizes else None
         self._left_over = 0  # bytes of text without a token, which the next token gets
         self.n_tokens = self.n_bytes = self.n_begun = 0
-        self._starts, self._names = array.array("L"), []
+        self._starts, self._names = array.array("L"), list[str]()
         self._file = open(folder / f"{name}.bin.tmp", "wb")  # noqa: SIM115, closed by close or abandon
 
     @property
@@ -232,7 +232,7 @@ class Split:
         for shard, base, first, last in parts:
             with open(self.folder / f"{shard['name']}.{suffix}", "rb", buffering=0) as file:
                 file.seek((first - base) * dtype.itemsize)
-                view = memoryview(out[first - start : last - start]).cast("B")
+                view = memoryview(out[first - start : last - start].data).cast("B")
                 if file.readinto(view) != len(view):
                     raise DataError(
                         f"{file.name}: shorter than its manifest says. Delete {self.folder} and prepare again."
@@ -296,8 +296,9 @@ class Dataset:
 
     `proportional`: no weights were given, the shares are the sources' sizes. `fingerprint` is of the tokens and the
     tokenizer: it does not depend on where the data lies, what its files were called, or the weights. `report` has the
-    keys documents, bytes, tokens, training, validation (with its `rule`), sources, problems (a list of {origin, line,
-    what, action}, at most 1000) and n_problems (of all).
+    keys documents, bytes, tokens, training, validation (with its `rule`), sources, tokenizer (what it loses), notes
+    (what a user should be told, in sentences), problems (a list of {origin, line, what, action, kind}, the first of each
+    kind), n_problems (of all) and problem_counts (by kind).
     """
 
     path: Path
@@ -324,11 +325,11 @@ class Dataset:
 
 
 def open_dataset(
-    path: str | Path, weights: Sequence[float] | None = None, names: Sequence[str] | None = None
+    path: str | Path, weights: Sequence[float | None] | None = None, names: Sequence[str] | None = None
 ) -> Dataset:
     """Open prepared data. Checks the manifest, the size of every file, and up to 1 GiB their checksums (see `verify`).
 
-    `weights`: of the sources, relative; None: in proportion to their tokens. `names`: what all the sources
+    `weights`: of the sources, relative; none: in proportion to their tokens. `names`: what all the sources
     are called now, in messages and in the report; the same text may have been prepared under another name.
     """
     path = Path(path)
@@ -342,20 +343,19 @@ def open_dataset(
         Split(path, f"source {source['path']}", shards, dtype, tokenizer)
         for source, shards in zip(report["sources"], body["train"], strict=False)
     ]
-    proportional = weights is None
-    if weights is None:
-        weights = [split.n_tokens for split in splits]
-    elif len(weights) != len(splits):
-        raise DataError(f"{path}: {len(weights)} weights for {len(splits)} sources")
-    total = sum(weights)
+    given = [weight for weight in weights or [] if weight is not None]
+    if given and len(given) != len(splits):
+        raise DataError(f"{path}: {len(given)} weights for {len(splits)} sources")
+    shares = given or [split.n_tokens for split in splits]
+    total = sum(shares)
     dataset = Dataset(
         path,
         _fingerprint(body),
         tokenizer,
-        [(split, weight / total) for split, weight in zip(splits, weights, strict=True)],
+        [(split, share / total) for split, share in zip(splits, shares, strict=True)],
         Split(path, "validation", body["validation"], dtype, tokenizer),
         report,
-        proportional,
+        not given,
     )
     _check_sizes(path, _shards(dataset))
     if sum(facts["bytes"] for shard in _shards(dataset) for facts in shard["files"].values()) <= VERIFY_UP_TO:
@@ -375,11 +375,6 @@ def _named(report: dict, names: Sequence[str] | None) -> dict:
     return report | {"sources": sources, "validation": report["validation"] | {"rule": rule}}
 
 
-def fingerprint_of(path: Path) -> str:
-    """The fingerprint of prepared data, from its manifest alone. Raises DataError if it is damaged."""
-    return _fingerprint(_read_manifest(path))
-
-
 def _fingerprint(body: dict) -> str:
     content = [body["dtype"], body["tokenizer"], [_contents(s) for s in body["train"]], _contents(body["validation"])]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -389,8 +384,12 @@ def _contents(shards: list[dict]) -> list[str]:
     return [shard["files"][f"{shard['name']}.{suffix}"]["sha256"] for shard in shards for suffix in ("bin", "docs")]
 
 
+def _splits(dataset: Dataset) -> list[Split]:
+    return [*(split for split, _ in dataset.train), *([dataset.validation] if dataset.validation else [])]
+
+
 def _shards(dataset: Dataset) -> list[dict]:
-    return [shard for split in [*(s for s, _ in dataset.train), dataset.validation] for shard in split.shards]
+    return [shard for split in _splits(dataset) for shard in split.shards]
 
 
 def _read_manifest(path: Path) -> dict:

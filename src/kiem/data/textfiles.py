@@ -45,8 +45,9 @@ class _Flaw:
 
 def read_text(item: Item, rule: Rule) -> Iterator[Document]:
     """The document of a text file."""
-    assert item.path is not None
-    stream = blocks_of(item.path)
+    path = item.path
+    assert path is not None
+    stream = blocks_of(path)
     head, flaw = b"", None
     try:
         while len(head) <= formats.BLOCK and (block := next(stream, b"")):
@@ -57,7 +58,7 @@ def read_text(item: Item, rule: Rule) -> Iterator[Document]:
     whole = flaw is not None or len(head) <= formats.BLOCK
 
     def blocks() -> Iterable[bytes]:
-        return [head] if whole else blocks_of(item.path)
+        return [head] if whole else blocks_of(path)
 
     encoding = _marked(head)
     if encoding is None and flaw is None:
