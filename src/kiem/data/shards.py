@@ -297,8 +297,8 @@ class Dataset:
     `proportional`: no weights were given, the shares are the sources' sizes. `fingerprint` is of the tokens and the
     tokenizer: it does not depend on where the data lies, what its files were called, or the weights. `report` has the
     keys documents, bytes, tokens, training, validation (with its `rule`), sources, tokenizer (what it loses), notes
-    (what a user should be told, in sentences), problems (a list of {origin, line, what, action, kind}, the first of each
-    kind), n_problems (of all) and problem_counts (by kind).
+    (what a user should be told, in sentences), problems (a list of {origin, line, what, action, kind}, the first of
+    each kind), n_problems (of all) and problem_counts (by kind).
     """
 
     path: Path

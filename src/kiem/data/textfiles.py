@@ -106,7 +106,10 @@ def _guessed(head: bytes, flaw: _Flaw) -> str | None:
     bad = read.count("\ufffd")
     if sum(c > "\x7f" for c in read) - bad >= bad or flaw.cut:
         return None
-    from charset_normalizer import from_bytes
+    try:
+        from charset_normalizer import from_bytes
+    except ImportError:  # an installation that is older than this dependency
+        return None
 
     best = from_bytes(sample, cp_isolation=GUESSED).best()
     return None if best is None else best.encoding

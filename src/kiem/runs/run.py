@@ -153,7 +153,7 @@ class Run:
         config, cache = self.config, runtime.cache_dir()
         if (kept := self._kept_dataset(cache)) is not None:
             return kept
-        found = prepare(config.data, tokenizer_vocab_size(config), config.seed, cache, progress)
+        found = prepare(config.data, tokenizer_vocab_size(config), cache, progress)
         fingerprint = self.state.get("data")
         if fingerprint in (None, found.fingerprint):
             return found
@@ -161,7 +161,7 @@ class Run:
             raise self.changed(found)
         data = config.data.model_copy(update={"tokenizer": str(self.folder / "tokenizer")})
         if found.tokenizer.digest != self.tokenizer.digest:
-            found = prepare(data, self.tokenizer.vocab_size, config.seed, cache, progress)
+            found = prepare(data, self.tokenizer.vocab_size, cache, progress)
         warnings.warn(
             f"the text of {self.folder} has changed since it was trained: this is the held-out part of the text as it "
             "is now, and the run may have been trained on some of it",
