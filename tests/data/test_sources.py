@@ -113,6 +113,11 @@ BAD_RECORDS = [
     (rb'{"text": "a\ud800"}', "half of a surrogate pair (U+D800) is not text", "a�"),
     (b"[" * 100_000, "not a JSON record (too deeply nested)", None),
     (b'{"text": ' + b"9" * 6000 + b"}", "field 'text' is a number, not text", None),
+    (
+        b'{"a": 1, "content": {"text": "a"}}',
+        "no field 'text', it has 'a', 'content': set data.text_key=content.text",
+        None,
+    ),
     (b'{"text": {"body": "a"}}', "field 'text' is a group with 'body': set data.text_key=text.body", None),
     (
         b'{"messages": [{"role": "user"}]}',

@@ -150,7 +150,9 @@ def _fields(record: Any, text_key: str, name: str, number: int, rule: Rule) -> I
     elif chat := next((key for key in CHATS if isinstance(record.get(key), list)), None):
         rule.bad("chat", name, number, f"no field {text_key!r}; field {chat!r} is {_CHAT}")
     else:
-        rule.bad("no text", name, number, f"no field {text_key!r}, it has {_some(record)}: set data.text_key=FIELD")
+        groups = [key for key, value in record.items() if isinstance(value, dict) and text_key in value]
+        advice = f"data.text_key={groups[0]}.{text_key}" if groups else "data.text_key=FIELD"
+        rule.bad("no text", name, number, f"no field {text_key!r}, it has {_some(record)}: set {advice}")
 
 
 def _lookup(record: dict[str, Any], key: str) -> Any:

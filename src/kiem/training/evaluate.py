@@ -52,7 +52,7 @@ def evaluate(
             nats += objective.loss(model, batch.to(device))[0].item()
             targets = batch.targets_BT[batch.targets_BT != IGNORE].numpy()
             tokens += len(targets)
-            n_bytes += int(dataset.tokenizer.token_bytes[targets].sum())
+            n_bytes += batch.target_bytes()
     finally:
         model.train(was_training)
     loss = nats / tokens
