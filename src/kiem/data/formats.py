@@ -34,6 +34,7 @@ PROBLEMS = {
     "chat": ("record is a chat", "records are chats"),
     "too long": ("record is too long", "records are too long"),
     "converted": ("document was turned into text", "documents were turned into text"),
+    "needs": ("file needs another library", "files need another library"),
     "surrogate": ("text has half of a surrogate pair", "texts have half of a surrogate pair"),
 }
 

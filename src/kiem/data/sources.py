@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import psutil
 
 from kiem.config.run import Source
+from kiem.data import documents
 from kiem.data.formats import Document, Item, Problem, Rule, kind_of
 from kiem.data.read import read_item
 from kiem.errors import DataError
@@ -36,8 +37,8 @@ __all__ = ["Document", "Problem", "list_items", "read_documents"]
 # Not opened when a folder is read. What else turns out not to be text is reported and left out.
 BINARY = frozenset(
     """
-    7z a avif avi bin bmp bz2 ckpt class db dll dmg doc docx dylib eot epub exe flac gguf gif h5 heic
-    ico iso jar jpeg jpg lib m4a mkv mo mov mp3 mp4 mpeg npy npz o obj odt ogg onnx otf pdf pickle pkl
+    7z a avif avi bin bmp bz2 ckpt class db dll dmg doc dylib eot epub exe flac gguf gif h5 heic
+    ico iso jar jpeg jpg lib m4a mkv mo mov mp3 mp4 mpeg npy npz o obj odt ogg onnx otf pickle pkl
     png ppt pptx psd pt pth pyc pyd pyo rar safetensors so sqlite sqlite3 tar tgz tif tiff ttf war wasm
     wav webm webp whl woff woff2 xls xlsx xz zip
     """.split()  # noqa: SIM905
@@ -70,7 +71,7 @@ def list_items(source: Source, cache: Path | None = None, report: Report = lambd
     if path == "-":
         spooled = spool_stdin(cache or Path(tempfile.gettempdir()))
         return [replace(item, name="standard input") for item in _digested([(str(spooled), spooled)], cache)]
-    return _digested(_files(path, report), cache)
+    return _as_text(_digested(_files(path, report), cache), cache, report)
 
 
 def _files(path: str, report: Report) -> list[tuple[str, Path]]:
@@ -241,6 +242,51 @@ def _clean(folder: Path) -> None:
         maker = path.name.split("-")[1] if path.name.startswith("tmp-") else ""
         if not (maker.isdigit() and psutil.pid_exists(int(maker))):
             path.unlink(missing_ok=True)
+
+
+def _as_text(items: list[Item], cache: Path | None, report: Report) -> list[Item]:
+    """Items in which web pages, notebooks, PDF and Word files are the text that is in them. Without the library that it
+    takes, pages are read as they stand, and the others are left out."""
+    found: list[Item | None] = []
+    wanted: list[int] = []
+    for item in items:
+        suffix = item.path.suffix.lower().removeprefix(".") if item.path else ""
+        if suffix not in documents.LIBRARIES:
+            found.append(item)
+        elif documents.needs(suffix):
+            action = "read with its markup" if suffix in ("html", "htm") else "left out"
+            report(Problem(item.name, None, f"reading a .{suffix} file needs {documents.INSTALL}", action, "needs"))
+            found.append(item if action != "left out" else None)
+        else:
+            wanted.append(len(found))
+            found.append(item)
+    files = [(item.path, item.digest) for index in wanted if (item := found[index]) and item.path]
+    folder = (cache or Path(tempfile.gettempdir()) / "kiem") / "documents"
+    for index, text in zip(wanted, documents.convert(files, folder), strict=True):
+        item = found[index]
+        assert item is not None
+        if isinstance(text, str):
+            report(Problem(item.name, None, f"cannot be turned into text ({text})", "left out", "unreadable"))
+            found[index] = None
+        else:
+            kind = "the text of a notebook" if item.name.endswith(".ipynb") else "the text in it"
+            report(Problem(item.name, None, f"a {Path(item.name).suffix} file", f"{kind} is read", "converted"))
+            stat = text.stat()
+            found[index] = replace(
+                item,
+                kind="text",
+                path=text,
+                digest=f"text of {item.digest}",
+                size=stat.st_size,
+                mtime_ns=stat.st_mtime_ns,
+            )
+    kept = [item for item in found if item is not None]
+    if items and not kept:
+        raise DataError(
+            f"source {items[0].name}: no text in it that can be read. Web pages, PDF and Word files need "
+            f"{documents.INSTALL}; scanned pages have no text"
+        )
+    return kept
 
 
 # -- data sets ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kiem.data.bounds import all_bounded, bounded
+from kiem.data.trial import try_out
 from kiem.errors import DataError
 
 EOT = "<|endoftext|>"
@@ -184,7 +185,7 @@ class Tokenizer:
         """Read a `tokenizer.json`, or a folder with one, or with GPT-2's `vocab.json` and `merges.txt`.
 
         Unless it is `trusted`, or as plain as those made here, it is first loaded and tried in a process of its own
-        (foreign.py): a hostile one can hang or abort the library. Raises DataError.
+        (trial.py): a hostile one can hang or abort the library. Raises DataError.
         """
         path = Path(path).expanduser()
         if len(os.fsencode(path.name)) > 255:
@@ -194,8 +195,6 @@ class Tokenizer:
         if file.is_file():
             text = _read_text(file)
             if not trusted and not _plain(text):
-                from kiem.data.foreign import try_out
-
                 try_out(file)
             return _loaded(file, folder, lambda: _core(file, text))
         vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
