@@ -13,7 +13,7 @@ from kiem.generation.sample import (
     draw,
     keep_top_k,
     keep_top_p,
-    penalise_repetition,
+    penalize_repetition,
     scale_temperature,
     shape_logits,
 )
@@ -52,7 +52,7 @@ def test_equal_to_transformers(seed, ties, temperature, k, p, penalty):
 def test_penalty_by_hand():
     x = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
     seen = torch.tensor([[True, True, False, False]])
-    assert penalise_repetition(x, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
+    assert penalize_repetition(x, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
 
 
 def test_top_k_by_hand():

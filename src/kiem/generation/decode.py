@@ -3,12 +3,12 @@
 Each sequence gets what it would get alone: rows of unequal length are padded on the left, and attention, positions and
 chance of a row do not see the others.
 
-Past the context. A model sees at most `context_length` tokens. A sequence that is longer goes on from its newest
+Past the context. A model sees at most `context_length` tokens. A longer sequence continues from its newest
 `context_length // 2` tokens, computed anew as if they were its beginning; so it always sees between half a context and
 a whole one. (Dropping one token at a time would mean computing everything anew for each token, since the keys and
 values of a token hold something of all tokens before it.)
 
-B batch (sequences that go on), T time, V vocabulary.
+B batch (sequences that are not finished), T time, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -47,8 +47,8 @@ class Decoder:
         # On the CPU always: the same seed gives the same text on every device.
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.cache: Cache | None = None
-        self.newest_B1 = self.positions_B1 = None
-        self.seen_BV = None
+        self.newest_B1 = self.positions_B1 = torch.empty(0, 1, dtype=torch.int64)  # set by the first step
+        self.seen_BV: Tensor | None = None
         if sampling.repetition_penalty != 1:
             self.seen_BV = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=self.device)
             for row, prompt in enumerate(prompts):
@@ -56,7 +56,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
-        """(sequence, its next token) for every sequence that goes on. NumericsError if the logits are not finite."""
+        """(sequence, its next token) for every sequence that is not finished. NumericsError if the logits are not finite."""
         logits_BV = self._next_logits()[:, : self.vocab_size]
         if not bool(logits_BV.isfinite().all()):
             raise NumericsError(
@@ -87,7 +87,8 @@ class Decoder:
             return
         index = torch.tensor(keep, device=self.device)
         self.newest_B1, self.positions_B1 = self.newest_B1[index], self.positions_B1[index]
-        self.cache.keep(index)
+        if self.cache is not None:
+            self.cache.keep(index)
         if self.seen_BV is not None:
             self.seen_BV = self.seen_BV[index]
 

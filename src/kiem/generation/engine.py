@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from kiem.runs import checkpoint
 from kiem.runs.run import Run
 from kiem.runtime import select_device
 
-CACHE_BYTES = 1 << 30  # most memory for keys and values at once; more sequences than fit go one batch after another
+CACHE_BYTES = 1 << 30  # most memory for keys and values at once; more sequences than fit are decoded in batches
 MAX_TOKENS = 1_000_000
 MAX_SAMPLES = 10_000
 
@@ -55,7 +56,7 @@ class LanguageModel:
         One prompt gives a text, or with n > 1 a list of n texts; a list of prompts gives a list, the n texts of the
         first prompt first. A prompt in a list gets the text that it gets alone with the same seed. An end of text and a
         stop string are not part of the text, and a last character that max_tokens cut in two is left out. temperature 0
-        takes the likeliest token always. seed None: another text each time. Past the context, see infer/decode.py.
+        takes the likeliest token always. seed None: another text each time. Past the context, see generation/decode.py.
 
         Raises ConfigError for a value out of range and a prompt longer than the context, DataError for text that the
         tokenizer does not know.
@@ -63,7 +64,8 @@ class LanguageModel:
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
         stop = _check_request(max_tokens, stop, seed, n)
         one = isinstance(prompt, str) or not isinstance(prompt, Sequence)
-        tokens = [self._tokens(text) for text in ([prompt] if one else prompt)]
+        prompts: Sequence[Any] = [prompt] if one else prompt
+        tokens = [self._tokens(text) for text in prompts]
         jobs = [(ids, s) for ids in tokens for s in _seeds(seed, n)]
         texts = [""] * len(jobs)
         for batch in self._batches(jobs, max_tokens):
@@ -139,7 +141,7 @@ class LanguageModel:
         """Indices of jobs that are decoded together: of like length, and as many as CACHE_BYTES has room for."""
         c = self.model.config
         slot_bytes = 2 * c.n_layers * c.n_kv_heads * c.head_dim * torch.float32.itemsize
-        batch = []
+        batch: list[int] = []
         for job in sorted(range(len(jobs)), key=lambda job: len(jobs[job][0])):
             slots = min(c.context_length, len(jobs[job][0]) + max_tokens)
             if batch and (len(batch) + 1) * slots * slot_bytes > CACHE_BYTES:
@@ -188,7 +190,7 @@ def load(run: Run, device: str = "auto") -> LanguageModel:
 @contextmanager
 def _inference(model: Transformer) -> Iterator[None]:
     """No dropout, and float32: the weights are float32, and to cast them all for each token costs more than it saves.
-    Afterwards the model is as it was, for the training that may go on."""
+    Afterwards the model is as it was, for training to continue."""
     training, dtype = model.training, model.compute_dtype
     if training:
         model.eval()

@@ -54,13 +54,13 @@ class Sampling:
         return self.temperature == 0
 
 
-def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+def penalize_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
     """Make tokens that already occur less likely (penalty > 1): positive logits are divided, negative ones multiplied.
 
     `seen_BV` is boolean. CTRL, Keskar et al. 2019, section 4.1, with the sign rule that transformers uses.
     """
-    penalised_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
-    return torch.where(seen_BV, penalised_BV, logits_BV)
+    penalized_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    return torch.where(seen_BV, penalized_BV, logits_BV)
 
 
 def scale_temperature(logits_BV: Tensor, temperature: float) -> Tensor:
@@ -90,7 +90,8 @@ def shape_logits(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None =
     With temperature 0 only the penalty matters, because nothing else changes which token is likeliest.
     """
     if sampling.repetition_penalty != 1:
-        logits_BV = penalise_repetition(logits_BV, seen_BV, sampling.repetition_penalty)
+        assert seen_BV is not None
+        logits_BV = penalize_repetition(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.greedy:
         return logits_BV
     if sampling.temperature != 1:

@@ -39,6 +39,6 @@ class Cache:
         return kv_2BHSK[0, :, :, : self.length], kv_2BHSK[1, :, :, : self.length]
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only these rows (sequences that go on)."""
+        """Keep only these rows (of the sequences that are not finished)."""
         self.kv_L2BHSK = self.kv_L2BHSK[:, :, rows]
         self.valid_BS = self.valid_BS[rows]

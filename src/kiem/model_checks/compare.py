@@ -218,7 +218,7 @@ class _Comparing:
             _unfuse(model.head)
         for block in model.blocks:
             if "feed-forward" not in way.fused:
-                _unfuse(block.mlp.down)
+                _unfuse(block.get_submodule("mlp.down"))
             if way.compiled:
                 block.compile(dynamic=False)
         return model.train()
@@ -365,8 +365,8 @@ def split(batch: Batch, parts: int) -> list[Batch]:
         rows = mine_BT.any(1)
         if end > start:
             targets_BT = batch.targets_BT.where(mine_BT, IGNORE)
-            tensors = (batch.tokens_BT, targets_BT, batch.positions_BT, batch.docs_BT)
-            found.append(Batch(*(tensor[rows] for tensor in tensors), end - start))
+            packing = batch.positions_BT[rows], batch.docs_BT[rows]
+            found.append(Batch(batch.tokens_BT[rows], targets_BT[rows], *packing, end - start))
     return found
 
 

@@ -120,6 +120,6 @@ def _sentence(row: Comparison) -> str:
     if row.wrong_parameters:
         more = f", and {len(row.wrong_parameters) - 1} more parameters" if len(row.wrong_parameters) > 1 else ""
         got = "no gradient" if row.got is None else f"{row.got:.6g}"
-        place = f"{row.parameter}{list(row.element)}"
+        place = f"{row.parameter}{list(row.element or ())}"
         parts.append(f"gradient of {place}: {got}, {row.against} {row.expected:.6g}{more}")
     return printable(f"{what}: {'; '.join(parts)}")

@@ -69,13 +69,12 @@ class MuonAdamW(Muon):
         if group["muon"]:
             return super().update(group)
         params = [p for p in group["params"] if p.grad is not None]
-        moments = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq"))
-        counts = [self.state[p]["step"] for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
+        means, squares, counts = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
         adamw(
-            params, [p.grad for p in params if p.grad is not None], *moments, [], counts,
-            fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-            eps=group["eps"], maximize=False,
+            params, grads, means, squares, [], counts, fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
+            lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
         return None
 

@@ -7,7 +7,7 @@ Shapes: M matrices of one shape, R rows (the smaller side), C columns.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -68,6 +68,12 @@ class Muon(torch.optim.Optimizer):
             raise ValueError(f"Muon updates matrices, and a parameter has the shape {tuple(p.shape)}")
         return {"momentum": torch.zeros_like(p)}
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update at each group's `lr` from the parameters' .grad. `closure` computes the loss anew."""
@@ -87,7 +93,7 @@ class Muon(torch.optim.Optimizer):
                 shapes.setdefault(p.shape, []).append(p)
         lr, momentum = group["lr"], group["momentum"]
         for shape, params in shapes.items():
-            grads = [p.grad for p in params]
+            grads = [p.grad for p in params if p.grad is not None]
             moments = [self.state[p]["momentum"] for p in params]
             torch._foreach_lerp_(moments, grads, 1.0 - momentum)
             ahead = torch._foreach_lerp(grads, moments, momentum)

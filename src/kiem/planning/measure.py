@@ -31,7 +31,7 @@ from kiem.planning.memory import memory
 from kiem.training.objective import NextToken
 from kiem.training.step import train_step
 
-EXPECTED_SHARE = 0.5  # of the matrix-product rate, for the estimates that decide what is timed
+EXPECTED_SHARE = 0.5  # of the machine's matmul throughput, for the estimates that decide what is timed
 WHOLE_SECONDS = 0.8  # a micro-step that is estimated shorter is timed on the whole model
 ROWS_SECONDS = 1.2  # a micro-step of one block that is estimated longer is timed on fewer rows
 ENOUGH_SECONDS = 2.0  # of repetitions of one thing, on a machine that is slower or busier than was estimated
@@ -43,7 +43,7 @@ class Speed:
     """Seconds of the parts of a training step, what the allocator adds to its memory, and how they were found."""
 
     micro_step_seconds: float  # forward and backward of one micro-batch
-    update_seconds: float  # the optimiser, once a step
+    update_seconds: float  # the optimizer, once a step
     evaluation_seconds_per_token: float
     heap_ratio: float  # resident memory that steps took over the bytes they hold at one time; at least 1
     method: str
@@ -168,7 +168,7 @@ def _random_batch(shape: ModelConfig, rows: int) -> Batch:
 
 def _seconds(action: Callable[[], None], device: torch.device, repetitions: int) -> float:
     """Median time of an action."""
-    times = []
+    times: list[float] = []
     while len(times) < repetitions and sum(times) < ENOUGH_SECONDS:
         began = time.perf_counter()
         action()

@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def share_of_peak(self) -> float | None:
-        """Model FLOPs per second over the vendor's peak for this device, 0..1; None if either is not known."""
+        """Model FLOPs per second over this device's peak, 0..1; None if either is not known."""
         known = find_device(self.device)
         if known is None or self.tokens_per_second is None:
             return None
@@ -100,7 +100,9 @@ class Plan:
     @property
     def total_seconds(self) -> float | None:
         """All steps and evaluations; without preparing text, samples and checkpoints."""
-        return None if self.speed is None else self.steps * self.step_seconds + self.evaluation_seconds
+        if self.step_seconds is None or self.evaluation_seconds is None:
+            return None
+        return self.steps * self.step_seconds + self.evaluation_seconds
 
     @property
     def total_flops(self) -> int:
@@ -151,7 +153,7 @@ def _usual_heap_bytes(needs: Memory, process_bytes: int) -> int:
 
 
 def elsewhere(plan: Plan) -> list[dict[str, Any]]:
-    """The run on known accelerators: whether its step fits, and the least time it can take, at the vendor's peak."""
+    """The run on known accelerators: whether its step fits, and the least time it can take, at peak FLOP/s."""
     return [
         {"device": d.name, "fits": plan.memory.peak <= d.memory_bytes, "least_seconds": plan.total_flops / d.peak_flops}
         for d in DEVICES

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from kiem.data.loader import IGNORE, validation_batches
-from kiem.data.shards import Dataset
+from kiem.data.shards import Dataset, Split
+from kiem.errors import DataError
 from kiem.model.transformer import Transformer
 from kiem.training.objective import NextToken, Objective
 
@@ -43,12 +44,12 @@ def evaluate(
     by default NextToken.
     """
     began, was_training = time.perf_counter(), model.training
-    objective = objective or NextToken()
+    objective, held_out = objective or NextToken(), _held_out(dataset)
     model.eval()
     device, context = model.device, model.config.context_length
     nats, tokens, n_bytes = 0.0, 0, 0
     try:
-        for batch in validation_batches(dataset.validation, context, max(1, batch_tokens // context), max_tokens):
+        for batch in validation_batches(held_out, context, max(1, batch_tokens // context), max_tokens):
             nats += objective.loss(model, batch.to(device))[0].item()
             targets = batch.targets_BT[batch.targets_BT != IGNORE].numpy()
             tokens += len(targets)
@@ -58,5 +59,13 @@ def evaluate(
     loss = nats / tokens
     bits = nats / math.log(2) / n_bytes if n_bytes else math.nan
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    part = "whole" if tokens == dataset.validation.n_tokens - 1 else "sample"
+    part: Literal["whole", "sample"] = "whole" if tokens == held_out.n_tokens - 1 else "sample"
     return Evaluation(loss, perplexity, bits, tokens, n_bytes, time.perf_counter() - began, part)
+
+
+def _held_out(dataset: Dataset) -> Split:
+    if dataset.validation is None or dataset.validation.n_tokens < 2:
+        raise DataError(
+            "there is no held-out text to evaluate on: set data.validation, or a larger data.validation_fraction"
+        )
+    return dataset.validation

@@ -200,7 +200,8 @@ class Trainer:
         if self.deadline is None:
             return
         ending = self.took.get("sample", 0.0) + self.took.get("save", 0.0) + REPORT_SECONDS
-        ending += self.took.get("evaluation", 0.0) * self.dataset.validation.n_tokens
+        held_out = self.dataset.validation.n_tokens if self.dataset.validation else 0
+        ending += self.took.get("evaluation", 0.0) * held_out
         settings = self.deadline.shortened(self.train, self.tokens, ending)
         if settings is None:
             return

@@ -82,15 +82,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             exp_nV = logits_nV.sub_(top_n1).exp_()
             sum_n1 = exp_nV.sum(1, keepdim=True)
             loss += ((sum_n1.log() + top_n1 - target_n1) * valid_n1).sum()
-            if not (need_x or need_w):
+            if grad_x_ND is None and grad_w_VD is None:
                 del logits_nV, exp_nV
                 continue
             grad_nV = exp_nV.mul_(valid_n1 / sum_n1)
             grad_nV.scatter_add_(1, index_n1, -valid_n1.float())
             grad_nV = grad_nV.to(dtype)
-            if need_x:
+            if grad_x_ND is not None:
                 torch.mm(grad_nV, w_VD, out=grad_x_ND[part])
-            if need_w:
+            if grad_w_VD is not None:
                 if grad_w_VD.dtype == dtype:
                     grad_w_VD.addmm_(grad_nV.T, x_nD)
                 else:
