@@ -56,7 +56,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
-        """(sequence, its next token) for every sequence that is not finished. NumericsError if the logits are not finite."""
+        """(sequence, its next token) of every unfinished sequence. NumericsError if the logits are not finite."""
         logits_BV = self._next_logits()[:, : self.vocab_size]
         if not bool(logits_BV.isfinite().all()):
             raise NumericsError(
