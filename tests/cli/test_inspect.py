@@ -99,7 +99,7 @@ def test_a_script_with_arguments_of_its_own(kiem, programs):
 
 def test_a_function_with_and_without_arguments(kiem, programs):
     done = kiem("explain", "functions_of_ours:step", "5")
-    assert done.code == 0 and "backward 0" in done.out and "5 elements" in done.out
+    assert done.code == 0 and "backward pass 1" in done.out and "5 elements" in done.out
     assert kiem("verify", "functions_of_ours:step").code == 0
 
 
@@ -159,7 +159,7 @@ def test_a_preset(kiem, programs, monkeypatch):
              "head_dim": 4, "hidden_dim": 16, "n_layers": 1}  # fmt: skip
     monkeypatch.setitem(presets.PRESETS, "tiny-of-a-test", presets.PRESETS["gpt2-124m"].model_copy(update=small))
     done = kiem("explain", "tiny-of-a-test")
-    assert done.code == 0 and "backward 0" in done.out
+    assert done.code == 0 and "backward pass 1" in done.out
     done = kiem("explain", "tiny-of-a-test", "--html", "no/such/page.html")
     assert done.code == 2
 
@@ -170,7 +170,7 @@ def test_a_preset(kiem, programs, monkeypatch):
 def test_the_chain_to_a_name_and_of_a_call(kiem, programs):
     done = kiem("explain", "net.py", "--wrt", "net.0.weight", "--wrt", "net.2.bias")
     assert done.code == 0 and "dL/dnet.0.weight" in done.out and "dL/dnet.2.bias" in done.out
-    first, last = kiem("explain", "scalar.py", "--call", "0"), kiem("explain", "scalar.py")
+    first, last = kiem("explain", "scalar.py", "--call", "1"), kiem("explain", "scalar.py")
     assert "dL/dw over all paths = 2 + 3 + 3 = 8" in first.out and "dL/dw" in last.out and first.out != last.out
     assert "= 6" in last.out
 
@@ -178,6 +178,8 @@ def test_the_chain_to_a_name_and_of_a_call(kiem, programs):
 @pytest.mark.parametrize(("options", "told"), [
     (["--wrt", "net.0.wieght"], "net.0.weight"),
     (["--wrt", "net.0.weight", "--call", "3"], "made 1 backward call"),
+    (["--wrt", "bias"], "several names end so: net.0.bias, net.2.bias"),
+    (["--call", "0"], "counted from 1"),
     (["--call", "3"], "made 1 backward call"),
     (["--call", "-2"], "made 1 backward call"),
     (["--call", "3", "--backward"], "made 1 backward call"),
@@ -188,11 +190,32 @@ def test_a_name_or_call_that_is_not_there(kiem, programs, options, told):
     assert done.code == 2 and told in " ".join(done.err.split()) and "Traceback" not in done.err
 
 
+def test_a_name_is_found_by_how_it_ends(kiem, programs):
+    done = kiem("explain", "net.py", "--wrt", "2.weight")
+    assert done.code == 0 and "dL/dnet.2.weight" in done.out
+
+
+def test_where_no_chain_rule_is_shown_it_says_how(kiem, programs):
+    done = kiem("explain", "tiny_model.yaml")
+    assert done.code == 0 and "chain rule: add --wrt NAME, where NAME is" in " ".join(done.out.split())
+
+
+@pytest.mark.parametrize("text", [
+    "print(torch.func.jacfwd(torch.func.jacrev(lambda x: (x ** 3).sum()))(torch.ones(2)))",
+    "with fwAD.dual_level(): print(fwAD.unpack_dual(torch.sin(fwAD.make_dual(torch.ones(3), torch.ones(3)))).tangent)",
+])  # fmt: skip
+def test_without_a_backward_call_nothing_is_said_to_be_right(kiem, programs, text):
+    target = script(programs, f"import torch, torch.autograd.forward_ad as fwAD\n{text}\n")
+    done = kiem("verify", target)
+    assert done.code == 8 and "Nothing could be checked: no backward call ran" in " ".join(done.out.split())
+    assert "recorded, not verified" in " ".join(done.out.split())
+
+
 def test_the_tables(kiem, programs):
     done = kiem("explain", "net.py", "--tensors", "--operations", "--backward", "--all")
     assert done.code == 0
     assert "matrix 4×3 float32 on cpu" in done.out and "parameter" in done.out and "saved for backward by" in done.out
-    assert "backward 0 of loss" in done.out
+    assert "backward pass 1 from loss" in done.out
 
 
 def test_explain_in_json(kiem, programs):
@@ -251,12 +274,12 @@ def test_a_wrong_gradient_is_exit_code_1_and_shown(kiem, programs):
     done = kiem("verify", "wrong_square.py")
     text = " ".join(done.out.split())
     assert done.code == 1 and "Wrong: the gradient of Square at wrong_square.py:17" in text
-    assert "A program that shows it" in text and "wrong_square.py:12" in text
+    assert "A program that reproduces it" in text and "wrong_square.py:12" in text
     told = json.loads(kiem("verify", "wrong_square.py", "--json").out)
     assert not told["ok"] and told["operations"][told["first_wrong"]]["backward_source"] == "wrong_square.py:12"
     assert len(told["minimal_programs"]) == 1
     quiet = kiem("verify", "wrong_square.py", "--quiet")
-    assert quiet.code == 1 and "A program that shows it" not in quiet.out
+    assert quiet.code == 1 and "A program that reproduces it" not in quiet.out
     assert kiem("explain", "wrong_square.py").code == 0
 
 
@@ -317,7 +340,7 @@ def test_a_program_without_backward(kiem, programs):
     for target in ("functions_of_ours:no_backward", script(programs, "print('nothing of torch')")):
         assert kiem("explain", target).code == 0
         done = kiem("verify", target)
-        assert done.code == 8 and "Nothing was checked" in done.out
+        assert done.code == 8 and "Nothing could be checked" in done.out
         done = kiem("explain", target, "--wrt", "w")
         assert done.code == 2 and "backward" in done.err
 
@@ -371,3 +394,6 @@ print([m for m in ("torch", "numpy", "rich") if m in sys.modules], file=sys.stde
         seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert done.stderr.strip() == "[]" and "Examples:" in done.stdout
     assert statistics.median(seconds) < 0.25
+    examples = done.stdout[done.stdout.index("Examples:") :].splitlines()[1:]
+    commands = [line.strip() for line in examples if line.strip().startswith("kiem ")]
+    assert len(commands) >= 4 and all(line.count("kiem ") == 1 for line in commands)

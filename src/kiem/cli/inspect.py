@@ -1,4 +1,4 @@
-"""The verbs that look inside a program: explain and verify."""
+"""The subcommands that look inside a program: explain and verify."""
 
 from typing import Any
 
@@ -10,23 +10,26 @@ from kiem.cli.console import StatusLine, print_json, print_rich, to_stderr
 @click.command(context_settings={"show_default": True})
 @click.argument("target")
 @click.argument("arguments", nargs=-1)
-@click.option("--wrt", "leaves", multiple=True, metavar="NAME", help="The chain rule to this tensor. Repeatable.")
-@click.option("--call", type=int, default=-1, help="Which backward call, from 0; -1 is the last.")
-@click.option("--tensors", is_flag=True, help="The table of all tensors.")
-@click.option("--operations", is_flag=True, help="The table of all operations.")
-@click.option("--backward", is_flag=True, help="Each backward step in order.")
-@click.option("--all", "whole", is_flag=True, help="Long tables and chains in full.")
-@click.option("--eager", is_flag=True, help="Run compiled functions uncompiled, so that their inside is seen.")
-@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="The page: one file, no network.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON document.")
+@click.option("--wrt", "leaves", multiple=True, metavar="NAME", help="Show the chain rule to this tensor. Repeatable.")
+@click.option("--call", type=int, default=-1, help="Number of the backward pass, from 1; -1 is the last.")
+@click.option("--tensors", is_flag=True, help="List all tensors.")
+@click.option("--operations", is_flag=True, help="List all operations.")
+@click.option("--backward", is_flag=True, help="List the nodes of the backward pass in order.")
+@click.option("--all", "whole", is_flag=True, help="Do not shorten long lists.")
+@click.option("--eager", is_flag=True, help="Run compiled functions uncompiled, to look inside them.")
+@click.option(
+    "--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="Write a page to explore it offline."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def explain(target, arguments, leaves, call, tensors, operations, backward, whole, eager, page, as_json) -> None:
     """Show what a PyTorch program does: every operation, tensor and gradient.
 
-    TARGET is a Python file (run as it is), module:function, a model configuration, a preset, or the folder of a run
-    (its model on its next batch). Arguments of the program follow; options of its own stand after `--`.
+    TARGET is a Python file, module:function, a model configuration, a preset, or a run folder (its model on its next
+    batch). The program's own arguments follow TARGET; put `--` before its options.
 
-    \b Examples:
-      kiem explain train_step.py                     what ran, and the chain rule of small programs
+    \b
+    Examples:
+      kiem explain train_step.py
       kiem explain train_step.py --wrt model.0.weight
       kiem explain train_step.py --html page.html -- --lr 0.1
       kiem explain gpt2-124m --html gpt2.html
@@ -51,17 +54,22 @@ def explain(target, arguments, leaves, call, tensors, operations, backward, whol
 @click.command()
 @click.argument("target")
 @click.argument("arguments", nargs=-1)
-@click.option("--eager", is_flag=True, help="Run compiled functions uncompiled, so that their inside is seen.")
-@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="The page, coloured by verdict.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress, and no program that shows what is wrong.")
-@click.option("--json", "as_json", is_flag=True, help="Print the verdicts as one JSON document.")
+@click.option("--eager", is_flag=True, help="Run compiled functions uncompiled, to look inside them.")
+@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="Write the page, with verdicts.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress line, and no program that reproduces an error.")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdicts as JSON.")
 def verify(target, arguments, eager, page, quiet, as_json) -> None:
-    """Prove the gradients of a PyTorch program, on its own data, device and types. Exit code 1 if one is wrong
-    or not finite, 8 if nothing is wrong but not everything was checked.
+    """Check every gradient of a PyTorch program, on its own data, device and data types.
 
-    Every operation's gradient is held against a numeric derivative in float64 and an independent rule; then every
-    parameter's, end to end. TARGET and arguments are those of `kiem explain`. For a model configuration, preset or run,
-    its ways of computing (fused, bfloat16, compiled, accumulated) are compared too.
+    The gradient of each operation is compared with a numeric derivative in float64 and with an independent rule, then
+    the gradient of each parameter end to end. TARGET is that of `kiem explain`. For a model configuration, preset or
+    run, its fast paths (fused, bfloat16, compiled, accumulated) are compared with a reference too.
+
+    \b
+    Exit codes:
+      0  every gradient was checked and is right
+      1  a gradient is wrong or not finite, or the program failed
+      8  nothing wrong was found, but not everything could be checked
 
     \b
     Examples:
@@ -92,7 +100,7 @@ def verify(target, arguments, eager, page, quiet, as_json) -> None:
 
         _on_stdout(lambda console: print_result(trace.graph, verification.result, console))
         for example in examples[:1]:
-            click.echo(f"\nA program that shows it:\n\n{example}")
+            click.echo(f"\nA program that reproduces it:\n\n{example}")
         if compared is not None:
             print_rich(ComparisonReport(compared))
         if page:
@@ -137,7 +145,7 @@ def _check_folder(page: str | None) -> None:
     from kiem.errors import ConfigError
 
     if page and not Path(page).resolve().parent.is_dir():
-        raise ConfigError(f"--html {page}: there is no folder {Path(page).parent}: make it, or name another file")
+        raise ConfigError(f"--html {page}: the folder {Path(page).parent} does not exist: create it, or choose another")
 
 
 def _chains(trace: Any, leaves: tuple[str, ...], call: int) -> tuple[int, list]:
@@ -147,10 +155,11 @@ def _chains(trace: Any, leaves: tuple[str, ...], call: int) -> tuple[int, list]:
 
     calls = len(trace.graph.backwards)
     try:
-        if call != -1 and not -calls <= call < calls:
+        if call != -1 and not 1 <= call <= calls:
             made = f"{calls} backward call{'s' if calls != 1 else ''}"
-            raise ConfigError(f"--call {call}: the program made {made}; they count from 0")
-        return call, [trace.explain(name, call).chain for name in leaves] or trace.small_chains(call)
+            raise ConfigError(f"--call {call}: the program made {made}, counted from 1; -1 is the last")
+        index = call - 1 if call > 0 else call
+        return index, [trace.explain(name, index).chain for name in leaves] or trace.small_chains(index)
     except ConfigError:
         if trace.graph.failure is None:
             raise
@@ -175,12 +184,14 @@ def _print_trace(
             program.print_backward(graph, graph.backwards[call], console, whole)
         for chain in chains:
             explanation.print_chain(chain, console, whole)
+        if not chains and graph.backwards:
+            program.print_hint(graph, graph.backwards[call], console)
 
     _on_stdout(show)
 
 
 def _compared(program: Any, quiet: bool) -> Any:
-    """A model's ways of computing, held against one another; None for other programs."""
+    """A model's fast paths compared with the reference; None for other programs."""
     from kiem.model_checks.targets import ModelProgram
 
     if not isinstance(program, ModelProgram):
@@ -188,7 +199,7 @@ def _compared(program: Any, quiet: bool) -> Any:
     from kiem.model_checks.compare import compare
 
     if not quiet:
-        to_stderr("comparing the model's ways of computing ...")
+        to_stderr("comparing the model's fast paths with the reference ...")
     return compare(program.model, program.namespace["batch"], program.documents_apart)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kiem.errors import ConfigError
 from kiem.inspect.explain import silent
+from kiem.inspect.explain.gradients import name_gradients
 from kiem.inspect.record.recorder import CompiledRecorder, Recorder
 from kiem.inspect.record.state import KEEP_BYTES
 from kiem.inspect.verify.verifier import Gap, Result, Verifier, verify_recorded
@@ -55,6 +56,7 @@ class Trace:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         self._recorder.__exit__(kind, error, traceback)
+        name_gradients(self.graph)
         self.graph.notes += silent.notes(self.graph)
         if error is not None and self.graph.failure is not None:
             from kiem.inspect.explain.mistakes import explain_error
@@ -79,7 +81,8 @@ class Trace:
 
         calls = self.graph.backwards
         if not -len(calls) <= backward < len(calls):
-            raise ConfigError(f"backward {backward}: the program made {len(calls)} backward calls")
+            made = "1 backward call" if len(calls) == 1 else f"{len(calls)} backward calls"
+            raise ConfigError(f"backward={backward}: the program made {made}")
         with self._recorder.pause():  # in case that it is asked while it records
             return Explanation(chain_rule(self.graph, calls[backward], self._leaf(leaf, calls[backward])))
 
@@ -103,8 +106,15 @@ class Trace:
             if value is not None:
                 return value.index
             names = sorted({v.name for v in self.graph.leaves() if v.name})
+            ending = [name for name in names if name.endswith((f".{leaf}", f"[{leaf}]"))]
+            if len(ending) == 1:
+                return self._leaf(ending[0], call)
+            if ending:
+                more = f" and {len(ending) - 20} more" if len(ending) > 20 else ""
+                raise ConfigError(f"{leaf}: several names end so: {', '.join(ending[:20])}{more}: give one of them")
             raise ConfigError(
-                f"{leaf}: no tensor of the program has this name; leaves: {', '.join(names[:20]) or 'none'}"
+                f"{leaf}: no tensor has this name; leaf tensors with requires_grad=True: "
+                f"{', '.join(names[:20]) or 'none'}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
             )
         found = self._recorder.table.find_leaf(leaf)
         if found is None:

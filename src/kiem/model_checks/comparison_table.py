@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -10,6 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from kiem.files import plain
 from kiem.format import count_text, number_text, printable, seconds_text
 
 if TYPE_CHECKING:
@@ -46,17 +46,17 @@ class ComparisonReport:
 
 
 def comparison_dict(result: Comparisons) -> dict[str, Any]:
-    """For JSON: every field of the result; numbers that are not finite as text."""
-    return {
+    """For JSON: every field of the result; numbers that are not finite as text (files.plain)."""
+    return plain({
         "ok": result.ok,
-        "reference_loss": _json(result.loss),
+        "reference_loss": result.loss,
         "parameters": result.parameters,
         "tokens": result.tokens,
         "longest_sum_terms": result.terms,
         "seconds": result.seconds,
         "notes": list(result.notes),
         "ways": [_row_dict(row) for row in result.rows],
-    }
+    })  # fmt: skip
 
 
 def _row_dict(row: Comparison) -> dict[str, Any]:
@@ -79,14 +79,10 @@ def _row_dict(row: Comparison) -> dict[str, Any]:
         "seconds",
     )
     return {
-        **{name: _json(getattr(row, name)) for name in names},
+        **{name: getattr(row, name) for name in names},
         "dtype": _type(row),
-        "element": None if row.element is None else list(row.element),
+        "element": row.element,
     }
-
-
-def _json(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _type(row: Comparison) -> str:

@@ -70,8 +70,8 @@ def test_the_json_cannot_leave_its_element(hostile):
 
 def test_numbers_that_are_not_finite_are_named(hostile):
     document = json.loads(dict(hostile.texts)["application/json"])
-    assert document["values"][0]["data"] == ["NaN", "inf"]
-    assert document["values"][1]["data"] == [1.0, "-inf"]
+    assert document["values"][0]["data"] == ["NaN", "Infinity"]
+    assert document["values"][1]["data"] == [1.0, "-Infinity"]
     assert document["verdicts"]["0"]["verdict"] == "wrong"
 
 

@@ -1,5 +1,6 @@
 """The page of `kiem explain --html` in a real Chromium, opened from disk: what it shows, its keys, its speed."""
 
+import re
 import runpy
 import shutil
 import statistics
@@ -94,20 +95,21 @@ def test_chain_rule_of_a_leaf_with_joins(open_page):
     page = open_page(DOCUMENTS["sigmoid"]())
     page.locator(BOX + ".leaf").filter(has_text="w = 0.5").click()
     text = panel(page)
-    assert "From loss to w: 6 steps, 3 paths, 2 joins." in text
+    assert "From loss to w: 6 steps, 3 paths, branches merge at 2 places." in text
     assert [int(s.split()[0]) for s in page.locator(".chain > ol > li > div:first-child").all_inner_texts()] == [
         1,
         2,
         3,
         4,
         5,
-        7,
+        6,
     ]
     joins = [" ".join(t.split()) for t in page.locator(".join").all_inner_texts()]
     assert joins == [
-        "2 contributions join from add step 1 float32[] 1 from mul step 2 float32[] 0.5 sum 1.5 arrived float32[] 1.5 "
+        "2 contributions add up from add step 1 float32[] 1 from mul step 2 float32[] 0.5 sum 1.5 "
+        "arrived float32[] 1.5 "
         "relative difference of the sum 0",
-        "2 contributions join from mul step 2 float32[] 0.5 from mul step 5 float32[] 0.75 sum 1.25 "
+        "2 contributions add up from mul step 2 float32[] 0.5 from mul step 5 float32[] 0.75 sum 1.25 "
         ".grad gets float32[] 1.25 "
         "relative difference of the sum 0",
     ]
@@ -311,12 +313,48 @@ def test_colours_follow_the_gradient_on_a_log_scale(open_page):
 
 def test_verdicts_are_told_by_sign_too(open_page):
     document = DOCUMENTS["sigmoid"]()
-    said = ["ok", "ok", "wrong", "kink", "skipped"]
+    said = ["ok", "ok", "wrong", "kink", "unchecked"]
     document["verdicts"] = {i: {"verdict": name, "text": "bound 3 ulp"} for i, name in enumerate(said)}
     page = open_page(document)
-    assert page.locator(BOX + " .mark").all_text_contents() == ["✓", "✓", "✗", "∧", "–"]
+    assert page.locator(BOX + " .mark").all_text_contents() == ["✓", "✓", "✗", "∧", "?"]
     box(page, "sigmoid").click()
     assert "wrong bound 3 ulp" in panel(page).lower()
+
+
+def test_the_page_opens_on_the_forward_pass_of_one_step(open_page):
+    """Setup, other steps and the optimizer are folded; the slider begins with the forward pass; what is found is told
+    apart."""
+    make = DOCUMENTS["Builder"]()
+    weight = make.value("model.weight", (4,), parameter=True)
+    for _ in range(5):
+        make.op("uniform_", [], (4,), node="")
+    for _ in range(2):
+        x = weight
+        for i in range(20):
+            x = make.op("sin", [("self", x)], (4,), module=f"model.{i}", source=DOCUMENTS["source"](7))
+        steps = [DOCUMENTS["step"](make.producer(x), "SinBackward0", [DOCUMENTS["gradient"](1.0)])]
+        make.document["backwards"].append({"source": DOCUMENTS["source"](9), "roots": [x], "steps": steps,
+                                           "nested": False, "after_op": len(make.document["ops"])})  # fmt: skip
+        for _ in range(30):
+            make.op("add_", [("self", weight)], (4,), region="optimizer", node="")
+    page = open_page(make.document)
+    titles = page.locator(BOX + " .title").all_text_contents()
+    assert {"+ setup", "+ step 1", "− step 2", "− model", "+ optimizer"} <= set(titles)
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#step-text").inner_text().startswith("1 of 102: sin program.py:7")
+    page.locator("#search").fill("sin")
+    found = page.locator("#found [role=option]").all_inner_texts()
+    assert len(found) == len(set(found)) == 40 and "model.0" in found[0] and "[4]" in found[0]
+    page.locator("#fit").click()
+    assert page.evaluate("document.querySelector('#drawing').__zoom.k") >= 0.4
+
+
+def test_the_page_and_the_verifier_have_the_same_kinds_of_verdicts():
+    from kiem.inspect.show.verdicts import ORDER
+
+    text = (Path(render.__code__.co_filename).parent / "assets" / "graph.js").read_text("utf-8")
+    kinds = text[text.index("const VERDICTS") :].split("};")[0]
+    assert tuple(re.findall(r"(\w+): \[\"#", kinds)) == ORDER
 
 
 def test_the_table_of_tensors(open_page, gpt):
@@ -374,9 +412,9 @@ def test_functions_regions_and_what_is_peculiar_are_told(open_page):
     assert box(page, "− optimizer").count() == 1
     box(page, "mul_").click()
     assert "0.1 -0.2 0.3" in panel(page)
-    page.locator("#call").select_option(label="call 1 program.py:20")
+    page.locator("#call").select_option(label="pass 1 program.py:20")
     page.locator(BOX + ".trained").first.click()
-    assert "Chain rule in backward 1 From loss to w: 5 steps, 1 path, 0 joins." in panel(page)
+    assert "Chain rule in backward 1 From loss to w: 5 steps, 1 path, no branches merge." in panel(page)
 
 
 def test_what_is_hidden_is_marked_on_the_box_that_holds_it(open_page, gpt):
@@ -397,7 +435,7 @@ def test_any_graph_unfolds_and_steps(open_page, seed):
     assert page.locator(BOX + ".op, " + BOX + ".frame").count() >= len(document["ops"])
     page.locator("#colour").select_option("gradient")
     for leaf in page.locator(BOX + ".trained").all():
-        leaf.click(force=True)
+        leaf.dispatch_event("click")
     page.locator("#step").focus()
     for _ in range(40):
         page.keyboard.press("ArrowRight")

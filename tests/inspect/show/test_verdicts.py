@@ -11,9 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from kiem.inspect.graph.model import Graph, Op, Source, Value
+from kiem.inspect.graph.model import Failure, Graph, Op, Source, Value
 from kiem.inspect.record.recorder import Recorder
+from kiem.inspect.show.document import document
 from kiem.inspect.show.verdicts import headline, print_result, result_dict
+from kiem.inspect.trace import Trace
 from kiem.inspect.verify.operation import InputVerdict, Verdict
 from kiem.inspect.verify.verifier import Gap, Result, Verifier
 
@@ -55,15 +57,15 @@ def test_the_first_wrong_operation():
     text = " ".join(shown(graph, result).split())
     for words in ("Wrong: the gradient of mul at train.py:7.", "Checked: 1 operation, 1 parameter end to end.",
                   "mul in model.layers.0 (Mul)", "called at train.py:7 y = a * b", "backward at ops.py:31",
-                  "argument self (model.weight), float32[2, 3], 4 of 6 elements wrong",
+                  "input `self` (model.weight), float32[2, 3], 4 of 6 elements wrong",
                   "element [1, 2] expected 0.5, got 0.25", "numeric derivative 2.5 ± 1e-12, autograd 1.5",
-                  "error 2.0e+06 units of precision; rounding explains 12", "mul 1 2.0e+06 12 wrong rule",
+                  "error 2.0e+06 ulp; rounding explains at most 12 ulp", "mul 1 2.0e+06 12 wrong rule",
                   "model.weight 1 2.0e+06 12 wrong"):  # fmt: skip
         assert words in text, words
 
 
 def test_none_was_returned():
-    assert "got None" in shown(*made(got=None)) and "which stands for zero" in shown(*made(got=None, element=None))
+    assert "got None" in shown(*made(got=None)) and "which means zero" in shown(*made(got=None, element=None))
 
 
 def test_equal_operations_at_one_place_are_counted():
@@ -96,7 +98,7 @@ def test_files_of_packages_are_named_without_their_folder():
 def test_units_are_shown_where_they_say_something(expected, units, said):
     text = " ".join(shown(*made(expected=expected, got=0.25000001, units=units), 120).split())
     assert f"mul 1 {said}" in text and f"model.weight 1 {said}" in text
-    assert ("units of precision; rounding" in text) == ("expected" not in said)
+    assert ("ulp; rounding" in text) == ("expected" not in said)
     assert "got 0.25000001" in text
 
 
@@ -107,7 +109,7 @@ def test_a_complex_number_is_shown():
 def test_the_number_along_a_direction_decided():
     graph, result = made(wrong_elements=0, reference="", expected=0.0, got=0.0)
     text = " ".join(shown(graph, result, 120).split())
-    assert "along a random direction: number 2.5 ± 1e-12, autograd 1.5" in text and "element" not in text
+    assert "direction numeric derivative 2.5 ± 1e-12, autograd 1.5" in text and "element" not in text
 
 
 def test_a_coarse_bound_is_relative_to_the_number():
@@ -116,7 +118,7 @@ def test_a_coarse_bound_is_relative_to_the_number():
     result.verdicts[0].verdict = result.verdicts[0].inputs[0].verdict = "ok"
     text = " ".join(shown(graph, result, 120).split())
     assert "mul 1 0.4 relative 2 relative ok number, no closed form" in text
-    assert "the largest error is 0 times" in headline(graph, result)
+    assert "largest rounding error: 0 ulp" in headline(graph, result)
     result.verdicts[0].inputs[0].reference = "rule"
     assert "mul 1 2.0e+05 1.0e+06 ok rule" in " ".join(shown(graph, result, 120).split())
 
@@ -124,17 +126,21 @@ def test_a_coarse_bound_is_relative_to_the_number():
 def test_what_was_not_checked_is_in_the_headline():
     graph, result = made(units=0.5)
     result.verdicts[0].verdict = result.verdicts[0].inputs[0].verdict = "ok"
-    end = "; the largest error is 0.5 times the precision."
+    end = "; largest rounding error: 0.5 ulp (float32)."
     what = "1 operation, 1 parameter end to end"
     assert headline(graph, result) == f"Every gradient is right: {what}{end}"
     result.verdicts += [Verdict(0, "unchecked", "why"), Verdict(0, "unchecked", "why")]
-    assert headline(graph, result) == f"Incomplete: not checked: 2 operations. Nothing wrong was found in {what}{end}"
+    why = "2 operations not checked (mul at train.py:7: why)"
+    assert headline(graph, result) == f"Incomplete: {why}. Nothing wrong was found in {what}{end}"
     result.gaps = [Gap("end to end", "why")]
     told = headline(graph, result)
-    assert told.startswith("Incomplete: not checked: 2 operations, end to end of 1 backward call. Nothing wrong")
+    assert told.startswith(f"Incomplete: {why}, 1 backward call not checked end to end. Nothing wrong")
     result.parameters, result.gaps = [], [Gap("node", "A"), Gap("node", "B"), Gap("program", "KeyError")]
     told = headline(graph, result)
-    assert "not checked: 2 operations, 2 kinds of backward nodes, end to end, what came after" in told
+    assert f"{why}, 2 kinds of backward nodes not recorded, no parameter checked end to end. Nothing" in told
+    graph.failure = Failure("KeyError", "x", Source("train.py", 9, "f", "d[x]"))
+    told = headline(graph, result)
+    assert told.startswith("Incomplete: the program failed (KeyError at train.py:9), and what comes after was not")
     assert result.ok is None and "right" not in told
 
 
@@ -145,7 +151,7 @@ def test_nodes_that_nothing_recorded_made_are_one_note():
     text = shown(graph, result, 300)
     assert [line for line in text.splitlines() if line.startswith("note:")] == [
         "note: first",
-        "note: 5 kinds of backward nodes were made by no recorded operation and not checked by themselves: "
+        "note: 5 kinds of backward nodes belong to no recorded operation and were not checked by themselves: "
         "ABackward0, BBackward0, CBackward0 and 2 more",
         "note: last",
     ]
@@ -191,7 +197,7 @@ def test_json():
     assert operation["checked_by"] == "rule" and operation["closed_form"] is True
     one = operation["inputs"][0]
     assert (one["name"], one["dtype"], one["element"], one["expected"], one["got"], one["units"]) == (
-        "model.weight", "float32", [1, 2], 0.5, 0.25, None)  # fmt: skip
+        "model.weight", "float32", [1, 2], 0.5, 0.25, "Infinity")  # fmt: skip
     assert made_["parameters"][0] == {"backward": 0, **one}
 
 
@@ -229,12 +235,52 @@ def test_operations_right_by_themselves_with_a_wrong_whole():
     graph, result = made()
     result.verdicts[0].verdict = "ok"
     text = " ".join(shown(graph, result).split())
-    assert "Wrong: the whole gradient of model.weight; no single operation." in text and "such as a hook" in text
+    assert (
+        "Wrong: the whole gradient of model.weight; no single operation." in text
+        and "look for a tensor hook, a change through .data" in text
+    )
+    graph.values[0].hooks = ("train.py:3",)
+    graph.ops.append(dataclasses.replace(graph.ops[0], index=1, source=Source("train.py", 8, "f", "z = rrelu(y)")))
+    result.verdicts.append(Verdict(1, "unchecked", "it is random"))
+    text = " ".join(shown(graph, result).split())
+    assert "hook train.py:3" in text and "not checked mul at train.py:8: it is random" in text
+    assert "look for" not in text
 
 
 def test_nothing_was_checked():
-    assert headline(Graph(), Result()).startswith("Nothing was checked")
-    assert "Nothing was checked" in shown(Graph(), Result(notes=["there was no backward call"]))
+    assert headline(Graph(), Result()).startswith("Nothing could be checked")
+    assert "Nothing could be checked" in shown(Graph(), Result(notes=["there was no backward call"]))
+
+
+def test_a_program_that_failed_has_no_headline_that_says_right():
+    graph = Graph(failure=Failure("RuntimeError", "x", Source("train.py", 9, "f", "y")))
+    assert headline(graph, Result()) == (
+        "Nothing could be checked: the program failed before backward() (RuntimeError at train.py:9)."
+    )
+    graph, result = made(units=0.5)
+    result.verdicts[0].verdict = result.verdicts[0].inputs[0].verdict = "ok"
+    result.gaps.append(Gap("program", "it failed"))
+    graph.failure = Failure("RuntimeError", "x", None)
+    assert headline(graph, result).startswith("Incomplete: the program failed (RuntimeError), and what comes after")
+
+
+def test_the_page_shows_the_worst_verdict_of_an_operation():
+    graph, result = made()
+    fine = dataclasses.replace(result.verdicts[0], verdict="ok", backward=1)
+    for verdicts in ([*result.verdicts, fine], [fine, *result.verdicts]):
+        shown_ = document(graph, "x", dataclasses.replace(result, verdicts=verdicts))["verdicts"]
+        assert shown_["0"]["verdict"] == "wrong"
+
+
+def test_what_was_changed_in_place_is_named_where_it_makes_a_gradient_wrong(tmp_path):
+    file = tmp_path / "program.py"
+    file.write_text("import torch\nw = torch.linspace(-2, 2, 5, requires_grad=True)\ny = torch.tanh(w)\n"
+                    "y.data.clamp_(-0.5, 0.5)\ny.sum().backward()\n")  # fmt: skip
+    with Trace(verify=True) as trace:
+        runpy.run_path(str(file))
+    text = " ".join(shown(trace.graph, trace.verify().result, 200).replace(str(file), "program.py").split())
+    assert "the gradient of tanh at program.py:3" in text
+    assert "changed y at program.py:4, after this operation and before its backward: y.data.clamp_(-0.5, 0.5)" in text
 
 
 def test_a_program_with_a_wrong_gradient():
@@ -250,5 +296,5 @@ def test_a_program_with_right_gradients(name):
     graph, result = verified(name)
     text = shown(graph, result)
     assert "Every gradient is right" in text and "Wrong" not in text
-    assert ("kink: relu at" in text) == (name == "right/mlp")
+    assert ("not differentiable here: relu at" in text) == (name == "right/mlp")
     assert result_dict(graph, result)["ok"] is True

@@ -118,7 +118,7 @@ def print_chain(chain: Chain, console: Console, everything: bool = False) -> Non
         say("", f"note: {note}")
     listed = paths(chain)
     say("", f"{integer_text(chain.paths)} path{'s' if chain.paths != 1 else ''} from the loss, "
-            f"{integer_text(len(chain.steps))} steps backward")  # fmt: skip
+            f"{integer_text(len(chain.steps))} backward node{'s' if len(chain.steps) != 1 else ''}")  # fmt: skip
     short_enough = everything or len(chain.steps) <= MOST_STEPS
     for path in listed if short_enough else ():
         say("", "  " + " ← ".join(path_names(chain, path)))
@@ -127,7 +127,7 @@ def print_chain(chain: Chain, console: Console, everything: bool = False) -> Non
     else:
         _print_modules(chain, say)
         shown = _last_steps(chain)
-        say("", "the last steps, into the leaf:")
+        say("", "the last nodes before the leaf:")
     for i in shown:
         _print_step(i, chain.steps[i], say)
     for join in chain.joins:
@@ -138,12 +138,12 @@ def print_chain(chain: Chain, console: Console, everything: bool = False) -> Non
         good = [j for j in chain.joins[:-1] if j.ok]
         if good:
             worst = max(good, key=lambda j: j.error / j.bound)
-            say("", f"joins before it that add up: {len(good)}; largest relative error {worst.error:.1e}, "
+            say("", f"sums at earlier merges match: {len(good)}; largest relative error {worst.error:.1e}, "
                     f"bound {worst.bound:.0e}")  # fmt: skip
     for line in equations(chain):
         say(line, "", style="bold")
     if chain.gradient is not None:
-        say("", f"gradient of this call: {gradient_text(chain.gradient)}")
+        say("", f"gradient of this backward pass: {gradient_text(chain.gradient)}")
 
 
 def _last_steps(chain: Chain) -> list[int]:
@@ -162,8 +162,8 @@ def _print_modules(chain: Chain, say: Say) -> None:
         source = chain.steps[folded["first"]].source
         name = folded["module"] or (source.function if source else "") or "outside of modules"
         into = " → the leaf" if folded["leaf"] else ""
-        say(f"  {name}", f" … {count} step{'s' if count > 1 else ''}, norm {number(folded['arrives'])} arrives, "
-                         f"{number(folded['leaves'])} leaves{into}  {source or ''}")  # fmt: skip
+        say(f"  {name}", f" … {count} node{'s' if count > 1 else ''}, incoming norm {number(folded['arrives'])}, "
+                         f"passed on {number(folded['leaves'])}{into}  {source or ''}")  # fmt: skip
 
 
 def _print_step(i: int, step: ChainStep, say: Say) -> None:
@@ -171,17 +171,17 @@ def _print_step(i: int, step: ChainStep, say: Say) -> None:
     say(f"{i + 1}  {step.label}", f"{module}  {step.source or ''}", style="cyan")
     if step.forward:
         given = ", ".join(f"{letter} = {name}" for letter, (_, name) in step.letters.items())
-        say("", f"     {step.forward}" + (f"   with {given}" if given else ""))
+        say("", f"     {step.forward}" + (f"   where {given}" if given else ""))
     if step.note:
         say("", f"     {step.note}")
     arrives = ", ".join(gradient_text(g) for g in step.arrives if g is not None)
-    say("", f"     arrives {arrives}")
+    say("", f"     incoming gradient {arrives}")
     for link in step.links:
         parts = [p for p in (link.formula, link.numbers if link.numbers != link.formula else "") if p]
         letter = link.title if link.numbers is not None else link.letter or link.title or link.argument
         say("", "     " + " = ".join([f"dL/d{letter}", *parts]) + (f"   {s}" if (s := shapes(step, link)) else ""))
-        local = f"local {values_text(link.local)}, " if link.local is not None else ""
-        say("", f"       {local}leaves {gradient_text(link.leaves)} to {link.title or link.argument}")
+        local = f"local derivative {values_text(link.local)}, " if link.local is not None else ""
+        say("", f"       {local}gradient passed to {link.title or link.argument}: {gradient_text(link.leaves)}")
 
 
 def _print_join(chain: Chain, join: Any, say: Say) -> None:
@@ -194,9 +194,9 @@ def _print_join(chain: Chain, join: Any, say: Say) -> None:
     if count > 12:
         say("", f"     … {count - 12} more")
     total = f"sum {values_text(join.total)}, " if join.total is not None and count > 1 else ""
-    arrived = f"arrived {gradient_text(join.arrived)}" if join.arrived is not None else ""
+    arrived = f"autograd {gradient_text(join.arrived)}" if join.arrived is not None else ""
     if join.ok:
-        checked = f": relative error {join.error:.1e}, bound {join.bound:.0e}: adds up"
+        checked = f": relative error {join.error:.1e}, bound {join.bound:.0e}: matches"
     elif join.error is not None:
         checked = f": relative error {join.error:.1e}, bound {join.bound:.0e}: {join.note}"
     else:

@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
-from kiem.inspect.graph.model import BackwardCall, Gradient, Graph, Op, Source, Stats, Value, plain
+from kiem.files import plain
+from kiem.inspect.graph.model import BackwardCall, Gradient, Graph, Op, Source, Stats, Value
+from kiem.inspect.graph.model import plain as attribute
 from kiem.inspect.rules.table import Call, find, formula
 from kiem.inspect.show.summary import totals
+from kiem.inspect.show.verdicts import ORDER
 from kiem.inspect.verify.operation import Verdict
 
 if TYPE_CHECKING:
     from kiem.inspect.verify.verifier import Result
 
 
+UNINITIALIZED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted")
+
+
 def document(graph: Graph, title: str, result: Result | None = None) -> dict[str, Any]:
-    """Everything of a graph, in plain types. Numbers that are not finite are texts."""
+    """Everything of a graph, in plain types. Numbers that are not finite are texts (files.plain)."""
     failure, saved_by = graph.failure, graph.saved_by()
-    return {
+    return plain({
         "title": title,
         "summary": totals(graph) | {"backward_steps": sum(len(call.steps) for call in graph.backwards)},
         "notes": graph.notes,
         "failure": None if failure is None else {
             "kind": failure.kind, "message": failure.message, "source": _source(failure.source),
             "explanation": failure.explanation},
-        "values": [_value(v, saved_by) for v in graph.values],
+        "values": [_value(graph, v, saved_by) for v in graph.values],
         "ops": [_op(graph, op) for op in graph.ops],
         "backwards": [_backward(graph, call) for call in graph.backwards],
         "repeats": [{"first": r.first, "last": r.last, "times": r.times} for r in graph.repeats],
-        "verdicts": result and {str(v.op): {"verdict": v.verdict, "text": _told(v)} for v in result.verdicts},
-    }  # fmt: skip
+        "verdicts": None if result is None else _verdicts(result),
+    })  # fmt: skip
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, list):
-        return [_number(v) for v in value]
-    return str(value) if isinstance(value, complex) else value
+def _verdicts(result: Result) -> dict[str, dict[str, str]]:
+    """By operation, the worst of what its backward calls were found to be."""
+    worst: dict[int, Verdict] = {}
+    for verdict in result.verdicts:
+        known = worst.get(verdict.op)
+        if known is None or ORDER.index(verdict.verdict) < ORDER.index(known.verdict):
+            worst[verdict.op] = verdict
+    return {str(op): {"verdict": v.verdict, "text": _told(v)} for op, v in worst.items()}
 
 
 def _source(source: Source | None) -> dict[str, Any] | None:
@@ -49,17 +56,20 @@ def _source(source: Source | None) -> dict[str, Any] | None:
 def _stats(stats: Stats | None) -> dict[str, Any] | None:
     if stats is None:
         return None
-    return {"norm": _number(stats.norm), "mean": _number(stats.mean), "min": _number(stats.minimum),
-            "max": _number(stats.maximum), "nonfinite": stats.nonfinite}  # fmt: skip
+    return {"norm": stats.norm, "mean": stats.mean, "min": stats.minimum, "max": stats.maximum,
+            "nonfinite": stats.nonfinite}  # fmt: skip
 
 
-def _value(value: Value, saved_by: dict[int, list[int]]) -> dict[str, Any]:
+def _value(graph: Graph, value: Value, saved_by: dict[int, list[int]]) -> dict[str, Any]:
+    # What torch.empty gives is whatever was in the memory.
+    empty = value.producer is not None and graph.op(value.producer).label in UNINITIALIZED
     return {
         "id": value.index, "name": value.name, "rank": value.rank, "shape": list(value.shape),
         "dtype": str(value.dtype).removeprefix("torch."), "device": value.device, "strides": list(value.strides),
         "bytes": value.nbytes, "storage": value.storage, "version": value.version, "requires_grad": value.requires_grad,
         "leaf": value.is_leaf, "parameter": value.is_parameter, "view_of": value.base, "producer": value.producer,
-        "saved_by": saved_by.get(value.index, []), "stats": _stats(value.stats), "data": _number(value.data),
+        "saved_by": saved_by.get(value.index, []), "stats": None if empty else _stats(value.stats),
+        "data": None if empty else value.data,
         "hooks": list(value.hooks),
     }  # fmt: skip
 
@@ -76,7 +86,7 @@ def _op(graph: Graph, op: Op) -> dict[str, Any]:
     return {
         "id": op.index, "label": op.label, "name": op.name, "kind": op.kind, "inputs": [list(i) for i in op.inputs],
         "outputs": list(op.outputs), 
-        "attributes": {k: _number(plain(v)) for k, v in op.attributes.items() if v is not None},
+        "attributes": {k: attribute(v) for k, v in op.attributes.items() if v is not None},
         "source": _source(op.source), "backward_source": _source(op.backward_source), "module": op.module,
         "module_class": op.module_class, "parent": op.parent, "region": op.region, "grad_enabled": op.grad_enabled,
         "random": op.random, "mutates": list(op.mutates), "node": op.node, "closed_form": row is not None,
@@ -100,7 +110,7 @@ def _gradient(gradient: Gradient | None) -> dict[str, Any] | None:
     if gradient is None:
         return None
     return {"shape": list(gradient.shape), "dtype": str(gradient.dtype).removeprefix("torch."),
-            "data": _number(gradient.data), **_stats(gradient.stats)}  # fmt: skip
+            "data": gradient.data, **(_stats(gradient.stats) or {})}  # fmt: skip
 
 
 def _backward(graph: Graph, call: BackwardCall) -> dict[str, Any]:
@@ -115,7 +125,8 @@ def _backward(graph: Graph, call: BackwardCall) -> dict[str, Any]:
             "targets": [None if t is None else {"step": t} for t in targets], "kernels": step.kernels,
             "changed_by_hook": step.changed_by_hook,
         })  # fmt: skip
-    return {"source": _source(call.source), "roots": list(call.roots), "steps": steps}
+    return {"source": _source(call.source), "roots": list(call.roots), "steps": steps, "nested": call.nested,
+            "after_op": call.after_op}  # fmt: skip
 
 
 def _by_argument(graph: Graph, step: Any) -> list[int]:
@@ -138,4 +149,4 @@ def _told(verdict: Verdict) -> str:
     worst = max(verdict.inputs, key=lambda i: i.units / max(i.bound, 1e-9), default=None)
     if worst is None:
         return verdict.verdict
-    return f"{worst.argument}: error {worst.units:.3g} units of precision, bound {worst.bound:.3g}"
+    return f"{worst.argument}: error {worst.units:.3g} ulp, bound {worst.bound:.3g} ulp"

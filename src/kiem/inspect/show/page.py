@@ -4,7 +4,6 @@ A Content-Security-Policy forbids every request, and every script and style but 
 hash. The document is JSON that cannot leave its element; the script shows its text only as text.
 """
 
-import math
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -14,6 +13,7 @@ from kiem.files import digest, embedded_json
 from kiem.format import printable
 
 SCRIPTS = (
+    "graph-phases.js",
     "graph-model.js",
     "graph-layout.js",
     "graph-draw.js",
@@ -25,13 +25,13 @@ SCRIPTS = (
 
 
 def render(document: dict[str, Any], title: str) -> str:
-    """The whole page. `document`: the graph as grad writes it; numbers that are not finite are shown as such."""
+    """The whole page of a document (document.py); numbers that are not finite are shown as such."""
     style, body, vendor, script = _assets()
     policy = (
         f"default-src 'none'; style-src '{digest(style)}'; "
         f"script-src '{digest(vendor)}' '{digest(script)}'; base-uri 'none'; form-action 'none'"
     )
-    data = embedded_json(_json_numbers({**document, "title": title}))
+    data = embedded_json({**document, "title": title})
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -54,14 +54,3 @@ def _assets() -> tuple[str, str, str, str]:
         folder.joinpath("vendor", "graph-vendor.js").read_text("utf-8"),
         f'"use strict";\n(() => {{\n{own}}})();\n',
     )
-
-
-def _json_numbers(value: Any) -> Any:
-    """JSON has no infinity: such a number becomes its name."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    if isinstance(value, dict):
-        return {str(key): _json_numbers(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_numbers(inner) for inner in value]
-    return value

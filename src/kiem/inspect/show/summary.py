@@ -8,9 +8,9 @@ from itertools import groupby
 
 from rich.console import Console
 
-from kiem.format import bytes_text, integer_text
+from kiem.format import bytes_text
 from kiem.inspect.explain.chain import arguments, tensors
-from kiem.inspect.graph.model import BackwardCall, Graph, Source, Step
+from kiem.inspect.graph.model import BackwardCall, Graph, Repeat, Source, Step
 from kiem.inspect.show.terminal import Say, block, count_text, gradient_text
 
 MOST_LINES = 120  # operations, tensors
@@ -34,18 +34,18 @@ def print_summary(graph: Graph, console: Console) -> None:
     """What the program did, in a few lines."""
     say, numbers = Say(console), totals(graph)
     say("recorded program", f": {count_text(numbers['operations'], 'operation')}, "
-        f"{count_text(numbers['tensors'], 'tensor')}, {integer_text(numbers['leaves'])} parameters and other leaves "
-        f"that ask for a gradient ({count_text(numbers['leaf_elements'], 'element')})")  # fmt: skip
+        f"{count_text(numbers['tensors'], 'tensor')}, {count_text(numbers['leaves'], 'leaf tensor')} with "
+        f"requires_grad=True ({count_text(numbers['leaf_elements'], 'element')})")  # fmt: skip
     say("", f"saved for backward: {bytes_text(numbers['saved_bytes'])} (each storage once, without parameters)")
     shown: Counter[Source] = Counter()
-    for call in graph.backwards:
+    for number, call in enumerate(graph.backwards, 1):
         shown[call.source] += 1
         if shown[call.source] > MOST_CALLS:
             continue
         inside = ", inside another one" if call.nested else ""
-        kind = "autograd.grad" if call.partial else "backward"
+        kind = "autograd.grad, pass" if call.partial else "backward pass"
         of = " and ".join(graph.title(v) for v in call.roots) or "?"
-        say(f"{kind} {call.index}", f" of {of}{inside}: {count_text(len(call.steps), 'step')}, "
+        say(f"{kind} {number}", f" from {of}{inside}: {count_text(len(call.steps), 'node')}, "
             f"{count_text(len(call.leaf_grads), 'gradient')}  {call.source}")  # fmt: skip
         for value, gradient in list(call.leaf_grads.items())[:12]:
             say("", f"  dL/d{graph.title(value)} = {gradient_text(gradient)}")
@@ -55,15 +55,31 @@ def print_summary(graph: Graph, console: Console) -> None:
         if count > MOST_CALLS:
             say("", f"… {count_text(count - MOST_CALLS, 'more backward call')} from {line}")
     for repeat in graph.repeats:
-        first, last = graph.op(repeat.first), graph.op(repeat.last)
-        say("folded", f": operations {repeat.first} to {repeat.last} ran {repeat.times} times, shown once  "
-                      f"{first.source} to {last.source}")  # fmt: skip
+        say("loop body", f" ({_lines(graph, repeat)}) ran {repeat.times} times; first shown")
     for note in graph.notes:
         say("note", f": {note}")
     if graph.failure is not None:
         say(f"{graph.failure.kind}", f": {graph.failure.message}  {graph.failure.source or ''}", style="bold red")
         if graph.failure.explanation:
             say("", graph.failure.explanation)
+
+
+def _lines(graph: Graph, repeat: Repeat) -> str:
+    """`lines 9 to 16 of train.py`: what a loop's body spans in the file of its backward call."""
+    sources = [op.source for op in graph.ops_between(repeat.first, repeat.last + 1)]
+    calls = [call.source for call in graph.backwards if repeat.first < call.after_op <= repeat.last + 1]
+    file = (calls or sources)[-1].file
+    numbers = [source.line for source in (*sources, *calls) if source.file == file]
+    low, high = min(numbers), max(numbers)
+    return f"line {low} of {file}" if low == high else f"lines {low} to {high} of {file}"
+
+
+def print_hint(graph: Graph, call: BackwardCall, console: Console) -> None:
+    """How to get the chain rule, where it was not shown because there are many leaves or large ones."""
+    names = list(dict.fromkeys(name for v in call.leaf_grads if (name := graph.value(v).name)))
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        Say(console)("chain rule", f": add --wrt NAME, where NAME is {', '.join(names[:5])}{more}")
 
 
 def print_operations(graph: Graph, console: Console, everything: bool = False) -> None:
@@ -110,14 +126,15 @@ def print_backward(graph: Graph, call: BackwardCall, console: Console, everythin
     the first steps, unless everything is asked for."""
     say = Say(console)
     of = " and ".join(graph.title(v) for v in call.roots)
-    say(f"backward {call.index}", f" of {of}  {call.source}", style="bold")
+    number = next((i for i, c in enumerate(graph.backwards, 1) if c is call), 0)
+    say(f"backward pass {number}", f" from {of}  {call.source}", style="bold")
     shown = call.steps if everything else call.steps[:MOST_LINES]
     for i, step in enumerate(shown):
         arrives = ", ".join(gradient_text(g) for g in step.into if g is not None) or "nothing"
         for line in _backward_lines(graph, step, i, arrives):
             say(*line)
     if len(shown) < len(call.steps):
-        say("", f"… {len(call.steps) - len(shown)} more steps")
+        say("", f"… {count_text(len(call.steps) - len(shown), 'more node')}")
 
 
 def _backward_lines(graph: Graph, step: Step, i: int, arrives: str) -> Iterator[tuple[str, str]]:
@@ -127,8 +144,9 @@ def _backward_lines(graph: Graph, step: Step, i: int, arrives: str) -> Iterator[
         return
     op = None if step.op is None else graph.op(step.op)
     label = op.label if op else step.node.removeprefix("torch::autograd::")
-    yield f"{i + 1:>4}  {label}", f": {arrives} arrives{hooked}  {op.module if op else ''}  {op.source if op else ''}"
+    place = f"{op.module}  {op.source}" if op else ""
+    yield f"{i + 1:>4}  {label}", f": incoming gradient {arrives}{hooked}  {place}"
     for position, argument, value in arguments(graph, step):
         sent = step.out[position]
         if sent is not None:
-            yield "", f"       {gradient_text(sent)} to {argument if value is None else graph.title(value)}"
+            yield "", f"       passes {gradient_text(sent)} to {argument if value is None else graph.title(value)}"

@@ -43,7 +43,7 @@ def gradient_text(gradient: Gradient) -> str:
     if gradient.data is not None and len(values_of(gradient.data)) <= MOST_NUMBERS:
         return values_text(gradient.data)
     norm = "unknown" if math.isnan(gradient.stats.norm) else number(gradient.stats.norm)
-    return f"{shape_text(gradient.shape)} of norm {norm}{bad}"
+    return f"{shape_text(gradient.shape)} with norm {norm}{bad}"
 
 
 def shape_text(shape: Any) -> str:

@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kiem.files import plain
 from kiem.format import integer_text, printable
-from kiem.inspect.graph.model import Graph, Source
+from kiem.inspect.explain.backward_errors import changes_after
+from kiem.inspect.graph.model import Graph, Op, Source
 from kiem.inspect.verify.operation import InputVerdict, Verdict
 from kiem.inspect.verify.verifier import Result
 
@@ -37,7 +39,7 @@ def print_result(graph: Graph, result: Result, console: Console) -> None:
     if result.wrong:
         _first_wrong(graph, result, write)
     elif result.wrong_parameters:
-        _wrong_parameter(graph, result.wrong_parameters[0], write)
+        _wrong_parameter(graph, result, result.wrong_parameters[0], write)
     _operations(graph, result, write)
     _parameters(graph, result, write)
     _remarks(graph, result, write)
@@ -62,34 +64,69 @@ def headline(graph: Graph, result: Result) -> str:
         titles = {graph.title(v.value) for v in result.wrong_parameters}
         return f"Wrong: the whole gradient of {_list(sorted(titles))}; no single operation. Checked: {what}."
     if not checked:
-        return "Nothing was checked: no backward call reached an operation that could be."
-    worst = max((i.units for v in checked for i in v.inputs if math.isfinite(i.units) and not _coarse(i)), default=0.0)
-    end = f"; the largest error is {_units(worst)} times the precision."
+        return _nothing(graph)
     if result.verdict == "incomplete":
-        return f"Incomplete: not checked: {', '.join(_not_checked(result))}. Nothing wrong was found in {what}{end}"
-    return f"Every gradient is right: {what}{end}"
+        return (
+            f"Incomplete: {', '.join(_not_checked(graph, result))}. Nothing wrong was found in {what}{_sharp(checked)}"
+        )
+    return f"Every gradient is right: {what}{_sharp(checked)}"
 
 
-def _not_checked(result: Result) -> list[str]:
-    """What the verdict does not speak of, in short."""
+def _nothing(graph: Graph) -> str:
+    """Why no gradient was checked."""
+    failure = graph.failure
+    if failure is not None:
+        at = f" at {_place(failure.source)}" if failure.source else ""
+        before = "before backward()" if not graph.backwards else "in backward()"
+        return f"Nothing could be checked: the program failed {before} ({failure.kind}{at})."
+    if all(call.transformed for call in graph.backwards):
+        return (
+            "Nothing could be checked: no backward call ran. Gradients by torch.func and in forward mode are recorded, "
+            "not verified."
+        )
+    return "Nothing could be checked: no backward call reached an operation that can be."
+
+
+def _sharp(checked: list[Verdict]) -> str:
+    """How large the errors were, and how large one must be to be found."""
+    inputs = [i for v in checked for i in v.inputs]
+    worst = max((i for i in inputs if math.isfinite(i.units) and not _coarse(i)), key=lambda i: i.units, default=None)
+    ulp = "0 ulp" if worst is None else f"{_units(worst.units)} ulp ({_dtype(worst)})"
+    missed = max((getattr(i, "sharpness", 0.0) for i in inputs), default=0.0)
+    found = f"; an error of {missed:.2g} of a gradient would have shown" if missed > 1e-3 else ""
+    return f"; largest rounding error: {ulp}{found}."
+
+
+def _not_checked(graph: Graph, result: Result) -> list[str]:
+    """What was not checked and why, in short, the program's failure first."""
     kinds = Counter(gap.kind for gap in result.gaps)
     skipped = sum(v.verdict == "unchecked" for v in result.verdicts)
     coarse = sum(v.verdict == "coarse" for v in (*result.verdicts, *(v for _, v in result.parameters)))
-    found = [_count(skipped, "operation")] if skipped else []
-    found += [f"too coarsely to tell: {_count(coarse, 'gradient')}"] if coarse else []
-    found += [f"{_count(kinds['node'], 'kind')} of backward nodes"] if kinds["node"] else []
-    found += ["what torch.func differentiates"] if kinds["transform"] else []
-    found += ["all steps of a loop"] if kinds["repeat"] else []
+    found = []
+    if graph.failure is not None:
+        at = f" at {_place(graph.failure.source)}" if graph.failure.source else ""
+        found.append(f"the program failed ({graph.failure.kind}{at}), and what comes after was not checked")
+    found += [f"{_count(skipped, 'operation')} not checked ({_reason(graph, result)})"] if skipped else []
+    found += [f"{_count(coarse, 'gradient')} checked too coarsely to tell"] if coarse else []
+    found += [f"{_count(kinds['node'], 'kind')} of backward nodes not recorded"] if kinds["node"] else []
+    found += ["gradients by torch.func are not verified"] if kinds["transform"] else []
+    found += ["steps of a loop were left out to save time"] if kinds["repeat"] else []
     if not result.parameters:
-        found.append("end to end")
+        found.append("no parameter checked end to end")
     elif kinds["end to end"]:
-        found.append(f"end to end of {_count(kinds['end to end'], 'backward call')}")
-    return [*found, "what came after the program failed"] if kinds["program"] else found
+        found.append(f"{_count(kinds['end to end'], 'backward call')} not checked end to end")
+    return found or ["not everything was checked"]
+
+
+def _reason(graph: Graph, result: Result) -> str:
+    """Of the first operation that was not checked."""
+    first = next(v for v in result.verdicts if v.verdict == "unchecked")
+    op = graph.op(first.op)
+    return _short(f"{op.label} at {op.source}: {first.text}")
 
 
 def result_dict(graph: Graph, result: Result) -> dict[str, Any]:
-    """For JSON. Numbers that are not finite are null; a verdict is one of ok, wrong, nonfinite, kink, zero,
-    coarse, unchecked.
+    """For JSON. Numbers that are not finite are text (files.plain); a verdict is one of ORDER.
 
     `verdict` (right, wrong, incomplete), `ok` (true, false, null), `headline`, `seconds` (of checking), `counts`
     (operations by verdict), `notes`, and
@@ -126,12 +163,7 @@ def result_dict(graph: Graph, result: Result) -> dict[str, Any]:
 
 def _input_dict(graph: Graph, verdict: InputVerdict) -> dict[str, Any]:
     made = {field.name: getattr(verdict, field.name) for field in dataclasses.fields(verdict)}
-    made = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in made.items()}
-    made["dtype"] = str(verdict.dtype).removeprefix("torch.")
-    made["shape"] = list(verdict.shape)
-    made["element"] = None if verdict.element is None else list(verdict.element)
-    made["name"] = graph.title(verdict.value)
-    return made
+    return plain(made | {"dtype": _dtype(verdict), "name": graph.title(verdict.value)})
 
 
 # -- what is wrong -----------------------------------------------------------------------------------------------------
@@ -146,6 +178,7 @@ def _first_wrong(graph: Graph, result: Result, write: _Writer) -> None:
         rows.append(("backward at", _place(op.backward_source)))
     if verdict.text:
         rows.append(("why", verdict.text))
+    rows += _changed_since(graph, verdict)
     wrong = [i for i in verdict.inputs if i.verdict == "wrong"]
     for one in wrong[:3]:
         rows += _wrong_input(graph, one)
@@ -157,38 +190,77 @@ def _first_wrong(graph: Graph, result: Result, write: _Writer) -> None:
     if len(places) > 5:
         rows.append(("", f"and {len(places) - 5} more"))
     if op.kind == "function":
-        rows.append(("if meant so", "(straight-through, reversed gradients): surrogate_gradient = True in its class"))
+        rows.append(
+            (
+                "if intended",
+                "(straight-through estimator, reversed gradient): set surrogate_gradient = True in the class",
+            )
+        )
     elif op.kind == "compiled":
-        rows.append(("its inside", "is shown by --eager"))
-    write.line(f"\nThe first wrong operation on the way back from the loss: {where}")
+        rows.append(("inside", "run with --eager to check the operations inside"))
+    write.line(f"\nFirst wrong operation in backward order: {where}")
     write.fields(rows)
 
 
-def _wrong_parameter(graph: Graph, verdict: InputVerdict, write: _Writer) -> None:
+def _wrong_parameter(graph: Graph, result: Result, verdict: InputVerdict, write: _Writer) -> None:
     write.line(
-        "\nEvery operation that was checked is right by itself, but this whole gradient is not: something in between "
-        "changed it, such as a hook, a change through .data, or a part of the way that could not be checked."
+        "\nEach operation that was checked is right by itself, but this gradient as a whole is not: something between "
+        "them changed it."
     )
-    write.fields(_wrong_input(graph, verdict))
+    call = next((call for call, v in result.parameters if v is verdict), None)
+    write.fields(_wrong_input(graph, verdict) + _suspects(graph, result, verdict, call))
+
+
+def _suspects(graph: Graph, result: Result, verdict: InputVerdict, call: int | None) -> list[tuple[str, str]]:
+    """The lines on the way that may have changed a gradient: hooks, what was not checked, changes through .data."""
+    rows = [("hook", line) for line in graph.value(verdict.value).hooks]
+    for backward in graph.backwards:
+        changed = (s.op for s in backward.steps if s.changed_by_hook and s.op is not None and backward.index == call)
+        rows += [("changed at", f"{graph.op(i).label} at {_place(graph.op(i).source)}") for i in changed]
+    for v in result.verdicts:
+        if v.backward == call and v.verdict in ("unchecked", "coarse", "hook"):
+            op = graph.op(v.op)
+            rows.append(("not checked", _short(f"{op.label} at {op.source}: {v.text}")))
+    rows += [("see", _short(note)) for note in result.notes if "changed in place through .data" in note]
+    rows = list(dict.fromkeys(rows))
+    return rows[:6] or [("look for", "a tensor hook, a change through .data, or a saved tensor that was replaced")]
+
+
+def _changed_since(graph: Graph, verdict: Verdict) -> list[tuple[str, str]]:
+    """What an operation had saved for its backward, if it was changed in place before that ran."""
+    after = next((call.after_op for call in graph.backwards if call.index == verdict.backward), None)
+    op = graph.op(verdict.op)
+    if after is None or op.kind != "op":
+        return []
+    found: dict[Source, tuple[str, Op]] = {}
+    for value, other in changes_after(graph, op, after):
+        if other.region != "optimizer" and other.source != op.source:
+            found.setdefault(other.source, (value.name or value.describe(), other))
+    return [
+        ("changed", f"{name} at {_place(other.source)}, after this operation and before its backward: "
+         f"{other.source.text.strip()}")
+        for name, other in found.values()
+    ][:3]  # fmt: skip
 
 
 def _wrong_input(graph: Graph, wrong: InputVerdict) -> list[tuple[str, str]]:
-    title, dtype = graph.title(wrong.value), str(wrong.dtype).removeprefix("torch.")
+    title, dtype = graph.title(wrong.value), _dtype(wrong)
     named = f" ({title})" if title not in (wrong.argument, f"%{wrong.value}") else ""
     share = f", {integer_text(wrong.wrong_elements)} of {integer_text(math.prod(wrong.shape))} elements wrong"
     at = "" if wrong.element is None else f"[{', '.join(map(str, wrong.element))}] "
-    rows = [("argument", f"{wrong.argument}{named}, {dtype}{list(wrong.shape)}{share if wrong.wrong_elements else ''}")]
+    argument = f"`{wrong.argument}`{named}" if wrong.argument != title else title
+    rows = [("input", f"{argument}, {dtype}{list(wrong.shape)}{share if wrong.wrong_elements else ''}")]
     number = f"{_exact(wrong.numeric)} ± {wrong.numeric_error:.1g}"
     if wrong.element is not None and wrong.wrong_elements:
         rows.append(("element", f"{at}{_instead(wrong)}"))
         rows.append(("direction", f"numeric derivative {number}, autograd {_exact(wrong.along)}"))
     else:
-        rows += [("got", "None, which stands for zero")] if wrong.got is None else []
-        rows.append(("got", f"along a random direction: number {number}, autograd {_exact(wrong.along)}"))
+        rows += [("got", "None, which means zero")] if wrong.got is None else []
+        rows.append(("direction", f"numeric derivative {number}, autograd {_exact(wrong.along)}"))
     if _measurable(wrong):
         error, bound = _error_and_bound(wrong)
-        of = "" if _relative(wrong) else " units of precision"
-        rows.append(("error", f"{error}{of}; rounding explains {bound}"))
+        of = "" if _relative(wrong) else " ulp"
+        rows.append(("error", f"{error}{of}; rounding explains at most {bound}{of}"))
     return rows
 
 
@@ -201,7 +273,7 @@ def _operations(graph: Graph, result: Result, write: _Writer) -> None:
         rows.setdefault((graph.op(verdict.op).label, _checked_by(verdict)), []).append(verdict)
     ordered = sorted(rows.items(), key=lambda row: (_rank(row[1]), row[0]))
     write.table(
-        "\nOperations: the worst error and its bound, in units of precision",
+        "\nOperations: largest error and its bound, in ulp (multiples of the data type's epsilon)",
         ("operation", "runs", "error", "bound", "verdict", "checked by"),
         [(label, integer_text(len(verdicts)), *_worst(i for v in verdicts for i in v.inputs), _mixed(verdicts), by)
          for (label, by), verdicts in ordered],
@@ -221,7 +293,7 @@ def _parameters(graph: Graph, result: Result, write: _Writer) -> None:
             folded.setdefault("".join(_parts(title)[:depth]), []).extend(verdicts)
         rows, depth = folded, depth - 1
     write.table(
-        "\nParameters end to end: the worst error and its bound, in units of precision",
+        "\nParameters end to end: largest error and its bound, in ulp",
         (what, "gradients", "error", "bound", "verdict"),
         [(title, integer_text(len(verdicts)), *_worst(verdicts), _mixed(verdicts))
          for title, verdicts in sorted(rows.items(), key=lambda row: _rank(row[1]) > 0)],
@@ -256,10 +328,12 @@ def _remarks(graph: Graph, result: Result, write: _Writer) -> None:
     if kinks or skipped or result.notes:
         write.line("")
     for what, count in kinks.most_common(10):
-        write.line(f"kink: {what}{_times(count)} met a point without a derivative; autograd's choice is allowed")
+        write.line(
+            f"not differentiable here: {what}{_times(count)}: input at a tie or corner; autograd's subgradient is valid"
+        )
     for what, count in skipped.most_common(20):
         write.line(f"not checked: {_short(what)}{_times(count)}", "yellow")
-    for counter, shown, what in ((kinks, 10, "kinks at"), (skipped, 20, "not checked:")):
+    for counter, shown, what in ((kinks, 10, "not differentiable:"), (skipped, 20, "not checked:")):
         if len(counter) > shown:
             write.line(f"{what} {len(counter) - shown} more places")
     for note in _joined(result.notes):
@@ -271,7 +345,7 @@ def _joined(notes: list[str]) -> list[str]:
     nodes = [found[1] for note in notes if (found := _UNRECORDED.fullmatch(note))]
     if len(nodes) < 2:
         return notes
-    one = f"{len(nodes)} kinds of backward nodes were made by no recorded operation and not checked by themselves: "
+    one = f"{len(nodes)} kinds of backward nodes belong to no recorded operation and were not checked by themselves: "
     first = next(i for i, note in enumerate(notes) if _UNRECORDED.fullmatch(note))
     rest = [note for note in notes[first:] if not _UNRECORDED.fullmatch(note)]
     return [*notes[:first], one + _list(nodes), *rest]
@@ -379,6 +453,10 @@ class _Writer:
             table.add_row(*(self.safe(text, style) for text, style in zip(row, styles, strict=True)))
         self.line(title, "bold")
         self.console.print(table)
+
+
+def _dtype(verdict: InputVerdict) -> str:
+    return str(verdict.dtype).removeprefix("torch.")
 
 
 def _place(source: Source) -> str:

@@ -260,12 +260,13 @@ class Drawing {
     this.moveTo(across / 2 - (at.x + at.width / 2) * k, down / 2 - (at.y + height / 2) * k, k);
   }
 
-  // Whole, or as the page opens: as wide as fits and still readable, from the top.
+  // Whole, where it can then be read; else, and as the page opens, as wide as fits and still readable, from the top.
   fit(whole = true) {
     this.resize();
     const { width, height } = this.layout.of(this.model.root), [across, all] = this.size, down = all - 44; // the legend's room
     const byWidth = (across - 16) / width, byHeight = (down - 16) / height;
-    const k = whole ? Math.min(1.2, Math.max(0.05, Math.min(byWidth, byHeight))) : Math.min(1, Math.max(0.55, Math.min(byWidth, Math.max(byHeight, 0.75))));
+    const all_ = Math.min(1.2, byWidth, byHeight);
+    const k = whole && all_ >= 0.4 ? all_ : Math.min(1, Math.max(0.55, Math.min(byWidth, Math.max(byHeight, 0.75))));
     this.moveTo((across - width * k) / 2, Math.max(8, (down - height * k) / 2), k);
     this.fitted = whole;
   }

@@ -123,7 +123,7 @@ class Layout {
     } else {
       node.title = cut(boxTitle(this.model, box));
       node.text = cut(boxSubtitle(this.model, box), 44);
-      node.width = Math.max(96, textWidth(node.title, 13, 600) + 40, textWidth(node.text, 11) + 32);
+      node.width = Math.max(96, textWidth(node.title, 13, 600) + 52, textWidth(node.text, 11) + 32);
       node.height = OP;
     }
   }

@@ -3,7 +3,6 @@
 
 const LEVEL = 60;        // a level with more children is grouped, so that its layout stays quick
 const FIRST_BOXES = 110; // the drawing starts with at most so many boxes
-const SMALL_GRAPH = 40;  // operations; such a graph starts unfolded
 const FEW_USES = 4;      // a tensor with more users on a level gets a box beside each instead of long edges
 
 // Foreign text: control, format and line-separator characters are shown as their code and can reorder nothing.
@@ -45,6 +44,7 @@ class Model {
     this.boxOfOp = new Map();
     this.boxOfLeaf = new Map();
     this.root = this.box("root", "root", "", null);
+    this.phases = phasesOf(document_);
     this.growTree();
     groupLong(this, this.root);
     this.placeLeaves();
@@ -52,10 +52,7 @@ class Model {
     this.joinBoxes();
     this.defaultFolding();
     this.backwards = document_.backwards.map((call, index) => new Backward(this, call, index));
-    this.timeline = document_.ops.map((op) => ({ op: op.id }));
-    for (const call of this.backwards) {
-      call.steps.forEach((step, index) => this.timeline.push({ backward: call.index, step: index, op: step.op, leaf: step.leaf }));
-    }
+    this.timeline = timelineOf(document_, this.phases);
   }
 
   title(id) {
@@ -97,7 +94,7 @@ class Model {
       const outer = op.parent !== null && op.parent !== undefined ? this.boxOfOp.get(op.parent) : null;
       if (outer) at = outer;
       else {
-        if (op.region === "optimizer") at = this.container(at, "region", "optimizer");
+        for (const phase of this.phases.get(op.id)) at = this.container(at, "region", phase);
         for (const part of op.module ? op.module.split(".") : []) at = this.container(at, "module", part);
         if (op.module) at.className = op.module_class || at.className;
         if (op.region === "recomputed") at = this.container(at, "region", "recomputed");
@@ -180,16 +177,19 @@ class Model {
   }
 
   defaultFolding() {
-    const total = this.doc.ops.length;
+    const small = this.doc.ops.length <= SMALL_GRAPH;
     this.root.open = true;
     let shown = this.root.children.length;
     const queue = [this.root];
+    // Of several training steps the last is open; setup and optimizer are folded.
+    const main = this.root.children.findLast((child) => child.kind === "region" && child.name.startsWith("step ")) ?? this.root;
+    const total = main.children.reduce((sum, child) => sum + (child.kind === "region" ? 0 : child.nOps), 0);
     while (queue.length) {
       const box = queue.shift();
       for (const child of box.children) {
-        if (!child.container || child.kind === "function" && total > SMALL_GRAPH) continue;
+        if (!child.container || child.kind === "function" && !small) continue;
         if (shown + child.children.length > FIRST_BOXES) continue;
-        if (total <= SMALL_GRAPH || child.nOps > total / 2) {
+        if (small || child === main || child.kind !== "region" && this.path(child).includes(main) && child.nOps > total / 2) {
           child.open = true;
           shown += child.children.length;
           queue.push(child);

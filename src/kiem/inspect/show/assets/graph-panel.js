@@ -73,7 +73,7 @@ class Panel {
     this.show(make("h2", {}, "Explanation"),
       make("p", {}, "Choose a box: an operation shows its formula and derivatives, a parameter its chain rule, a module unfolds."),
       facts([["operations", number(doc.ops.length)], ["tensors", number(doc.values.length)],
-        ["backward calls", number(doc.backwards.length)], ["backward steps", number(doc.backwards.reduce((n, b) => n + b.steps.length, 0))]]));
+        ["backward passes", number(doc.backwards.length)], ["backward nodes", number(doc.backwards.reduce((n, b) => n + b.steps.length, 0))]]));
   }
 
   box(box) {
@@ -215,7 +215,7 @@ class Panel {
     }
     return make("section", { class: "chain" }, title,
       make("p", { class: "told", title: chain.paths > MANY_PATHS ? WHOLE.format(chain.paths) + " paths" : null },
-        `From ${roots} to ${model.title(id)}: ${plural(chain.order.length, "step")}, ${pathsText(chain.paths)}, ${plural(joins, "join")}.`),
+        `From ${roots} to ${model.title(id)}: ${plural(chain.order.length, "step")}, ${pathsText(chain.paths)}, ${joins ? `branches merge at ${plural(joins, "place")}` : "no branches merge"}.`),
       make("ol", {}, groups.map((group) => (group.steps.length === 1 ? this.chainStep(backward, chain, group.steps[0]) : this.chainGroup(backward, chain, group)))));
   }
 
@@ -232,9 +232,9 @@ class Panel {
   chainStep(backward, chain, at) {
     const step = backward.steps[at], op = this.model.ops.get(step.op), parts = [];
     const arrivals = backward.arrivals[at];
-    parts.push(make("div", {}, make("span", { class: "quiet" }, `${at + 1} `), op ? this.opLink(op.id) : make("b", {}, at === chain.last ? this.model.title(step.leaf) : clean(step.node)), " ",
+    parts.push(make("div", {}, make("span", { class: "quiet" }, `${chain.order.indexOf(at) + 1} `), op ? this.opLink(op.id) : make("b", {}, at === chain.last ? this.model.title(step.leaf) : clean(step.node)), " ",
       make("span", { class: "quiet" }, op ? clean(step.node) + (op.source.file ? " · " + clean(op.source.file.split(/[\\/]/).pop()) + ":" + op.source.line : "") : "")));
-    if (arrivals.length > 1) parts.push(this.join(backward, at));
+    if (arrivals.length > 1) parts.push(this.join(backward, chain, at));
     else parts.push(make("div", { class: "flow" }, make("span", {}, at === chain.last ? ".grad gets" : "g ="), ...step.into.map(gradientBlock)));
     step.out.forEach((gradient, i) => {
       const target = step.targets?.[i]?.step;
@@ -249,16 +249,16 @@ class Panel {
     return make("li", {}, parts);
   }
 
-  join(backward, at) {
+  join(backward, chain, at) {
     const step = backward.steps[at];
     const given = backward.arrivals[at].map(({ step: from, position }) => ({ from, gradient: backward.steps[from].out[position] }));
     const rows = given.map(({ from, gradient }) => {
       const source = backward.steps[from];
-      return make("li", {}, "from ", source.op !== null && source.op !== undefined ? this.opLink(source.op) : clean(source.node), make("span", { class: "quiet" }, ` step ${from + 1} `), gradientBlock(gradient));
+      return make("li", {}, "from ", source.op !== null && source.op !== undefined ? this.opLink(source.op) : clean(source.node), make("span", { class: "quiet" }, ` step ${chain.order.indexOf(from) + 1} `), gradientBlock(gradient));
     });
     const arrived = step.into.filter(Boolean);
     const sum = arrived.length === 1 ? addData(given.map(({ gradient }) => gradient?.data)) : null;
-    return make("div", { class: "join" }, make("div", {}, `${given.length} contributions join`), make("ul", {}, rows),
+    return make("div", { class: "join" }, make("div", {}, `${given.length} contributions add up`), make("ul", {}, rows),
       sum === null ? null : make("div", { class: "flow sum" }, make("span", {}, "sum"), dataBlock(sum)),
       make("div", { class: "flow" }, make("span", {}, step.leaf !== null && step.leaf !== undefined ? ".grad gets" : sum === null ? "arrived, their sum" : "arrived"), ...arrived.map(gradientBlock)),
       sum === null ? null : make("div", { class: "quiet" }, sumCheck(sum, arrived[0], step.changed_by_hook)));

@@ -119,7 +119,8 @@ class Search {
     for (const box of model.boxes.values()) {
       if (box === model.root || box.value !== undefined) continue;
       const op = model.ops.get(box.op);
-      const more = op ? [clean(op.module), boxSubtitle(model, box)].filter(Boolean).join(" · ") : [box.className, plural(box.nOps, "op")].filter(Boolean).map(clean).join(" · ");
+      const made = op && model.values.get(op.outputs[0]);
+      const more = op ? [clean(op.module), boxSubtitle(model, box), made ? shapeText(made.shape) : "", "op " + op.id].filter(Boolean).join(" · ") : [box.className, plural(box.nOps, "op")].filter(Boolean).map(clean).join(" · ");
       this.all.push({ kind: box.kind, text: op ? clean(op.label) : clean(box.path || box.name), more, full: op ? [op.name, sourceText(op.source), op.source.text].map(clean).join(" ") : "", box });
     }
     for (const value of model.doc.values) {

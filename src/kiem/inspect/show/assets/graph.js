@@ -11,7 +11,14 @@ const KINDS = [
   ["index", "#cc79a7", /embedding|gather|scatter|index|where|arange/],
 ];
 const ELEMENTWISE = ["elementwise and other", "#e69f00"], CUSTOM = ["custom, compiled", "#f0e442"];
-const VERDICTS = { ok: ["#009e73", "✓"], wrong: ["#d55e00", "✗"], kink: ["#e69f00", "∧"], skipped: ["#999999", "–"] };
+// The kinds of verdicts, the worst first, as in verdicts.py.
+const VERDICTS = {
+  wrong: ["#d55e00", "✗", "wrong"], nonfinite: ["#d55e00", "∞", "not finite"], coarse: ["#56b4e9", "≈", "check too coarse"],
+  unchecked: ["#999999", "?", "not checked"], hook: ["#cc79a7", "⚓", "changed by a hook"], kink: ["#e69f00", "∧", "not differentiable here"],
+  ok: ["#009e73", "✓", "right"], zero: ["#bbbbbb", "0", "no gradient arrived"],
+};
+const SUMMARY = { operations: "operations", tensors: "tensors", leaves: "leaf tensors with requires_grad=True", leaf_elements: "elements of these",
+  backward_calls: "backward passes", backward_steps: "backward nodes", saved_bytes: "saved for backward" };
 
 function kindOf(op) {
   if (op.kind !== "op") return CUSTOM;
@@ -68,10 +75,10 @@ class App {
       $("failure").append(make("b", {}, clean(kind) + ": "), clean(message), source ? make("code", {}, " " + (typeof source === "string" ? clean(source) : sourceText(source))) : "", explanation ? make("span", {}, " " + clean(explanation)) : "");
       $("failure").hidden = false;
     }
-    $("about").append(make("h2", {}, "Summary"), facts(Object.entries(doc.summary).map(([name, value]) => [clean(name), number(value, 6)])),
+    $("about").append(make("h2", {}, "Summary"), facts(Object.entries(doc.summary).map(([name, value]) => [SUMMARY[name] ?? clean(name), name.endsWith("_bytes") ? bytes(value) : number(value, 6)])),
       make("h2", {}, "Notes"), doc.notes.length ? make("ul", {}, doc.notes.map((note) => make("li", {}, clean(note)))) : make("p", {}, "None."),
       doc.repeats.length ? make("section", {}, make("h2", {}, "Loops"), make("ul", {}, doc.repeats.map((r) =>
-        make("li", {}, `${clean(this.model.ops.get(r.first)?.label)} to ${clean(this.model.ops.get(r.last)?.label)} ran ${number(r.times)} times; one pass is kept.`)))) : "");
+        make("li", {}, `${clean(this.model.ops.get(r.first)?.label)} to ${clean(this.model.ops.get(r.last)?.label)} ran ${number(r.times)} times; the first is shown.`)))) : "");
   }
 
   controls() {
@@ -80,7 +87,7 @@ class App {
       if (value === "gradient" && !calls.length || value === "verdict" && !model.doc.verdicts) continue;
       $("colour").append(make("option", { value, selected: value === this.colouring }, name));
     }
-    calls.forEach((call, i) => $("call").append(make("option", { value: i, selected: call === this.backward }, `call ${i + 1} ${sourceText(call.call.source)}`)));
+    calls.forEach((call, i) => $("call").append(make("option", { value: i, selected: call === this.backward }, `pass ${i + 1} ${sourceText(call.call.source)}`)));
     $("calls").hidden = calls.length < 2;
     $("way").querySelector("[value=backward]").disabled = !calls.length;
     $("way").addEventListener("change", (event) => { this.view = event.target.value; this.drawing.paint(); this.say(this.view + " view"); });
@@ -299,7 +306,7 @@ class App {
       legend.append("‖g‖ " + number(low, 2), bar, number(high, 2) + " log");
       return;
     }
-    const entries = this.colouring === "verdict" ? Object.entries(VERDICTS).map(([name, [colour, mark]]) => [mark + " " + name, colour])
+    const entries = this.colouring === "verdict" ? Object.entries(VERDICTS).filter(([name]) => Object.values(this.model.doc.verdicts).some((v) => v.verdict === name)).map(([, [colour, mark, words]]) => [mark + " " + words, colour])
       : [...new Set(this.model.doc.ops.map(kindOf))].map(([name, colour]) => [name, colour]);
     for (const [name, colour] of entries) {
       const dot = make("span", { class: "dot", "aria-hidden": "true" });
@@ -323,8 +330,7 @@ class App {
       const kinds = new Set(box.opIds.map((id) => kindOf(this.model.ops.get(id))));
       return kinds.size === 1 ? { strip: [...kinds][0][1] } : null;
     }
-    let worst = null;
-    for (const name of ["ok", "skipped", "kink", "wrong"]) if (box.opIds.some((id) => this.model.doc.verdicts[id]?.verdict === name)) worst = name;
+    const worst = Object.keys(VERDICTS).find((name) => box.opIds.some((id) => this.model.doc.verdicts[id]?.verdict === name));
     return worst ? { strip: VERDICTS[worst][0], mark: VERDICTS[worst][1] } : null;
   }
 
