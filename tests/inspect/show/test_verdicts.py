@@ -239,8 +239,8 @@ def test_operations_right_by_themselves_with_a_wrong_whole():
         "Wrong: the whole gradient of model.weight; no single operation." in text
         and "look for a tensor hook, a change through .data" in text
     )
-    graph.values[0].hooks = ("train.py:3",)
-    graph.ops.append(dataclasses.replace(graph.ops[0], index=1, source=Source("train.py", 8, "f", "z = rrelu(y)")))
+    graph.value(0).hooks = ("train.py:3",)
+    graph.add_op(dataclasses.replace(graph.op(0), index=1, source=Source("train.py", 8, "f", "z = rrelu(y)")))
     result.verdicts.append(Verdict(1, "unchecked", "it is random"))
     text = " ".join(shown(graph, result).split())
     assert "hook train.py:3" in text and "not checked mul at train.py:8: it is random" in text
@@ -253,7 +253,8 @@ def test_nothing_was_checked():
 
 
 def test_a_program_that_failed_has_no_headline_that_says_right():
-    graph = Graph(failure=Failure("RuntimeError", "x", Source("train.py", 9, "f", "y")))
+    graph = Graph()
+    graph.failure = Failure("RuntimeError", "x", Source("train.py", 9, "f", "y"))
     assert headline(graph, Result()) == (
         "Nothing could be checked: the program failed before backward() (RuntimeError at train.py:9)."
     )

@@ -399,7 +399,7 @@ def _expands(given: list[int], wanted: list[int]) -> bool:
 
 
 def _function(s: Scene, name: str) -> Op | None:
-    ops = reversed(s.graph.ops) if s.graph is not None else ()
+    ops = reversed(list(s.graph.ops)) if s.graph is not None else ()
     return next((op for op in ops if op.kind == "function" and op.label in (name, name.removesuffix("Backward"))), None)
 
 

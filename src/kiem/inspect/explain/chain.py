@@ -175,7 +175,7 @@ class _Way:
         for name, read in op.inputs if op and row else ():
             letter = row.symbols.get(name.split("[")[0]) if row else None
             if letter:
-                found.letters[letter] = (self.graph.value(read).shape, self.graph.title(read))
+                found.letters[letter] = (self.graph.value(read).shape, called(self.graph, read))
         for position, argument, value in arguments(self.graph, step):
             edge, out = step.edges[position], step.out[position]
             if out is None or edge is None or (edge != self.target and self.number.get(edge[0]) not in self.index):
@@ -223,6 +223,13 @@ class _Way:
         return join
 
 
+def called(graph: Graph, v: int) -> str:
+    """A tensor's name, or what made it."""
+    value = graph.value(v)
+    made = None if value.name or value.producer is None else graph.op(value.producer)
+    return graph.title(v) if made is None else f"result of {made.label} at line {made.source.line}"
+
+
 def on_the_way(call: BackwardCall, target: tuple, through_none: bool = False) -> list[int]:
     """The steps from which a gradient goes on to a place, in order. `through_none`: also where none was given."""
     found, numbers = [], set()
@@ -257,7 +264,9 @@ def through(steps: list[ChainStep], scalars: bool = False) -> list:
     """From each step, the number of ways to the leaf; `scalars`: the sum of their products of local derivatives."""
     ways: list = [0] * len(steps)
     for i in reversed(range(len(steps))):
-        ways[i] = sum((1 if k.to is None else ways[k.to]) * (scalar(k.local) if scalars else 1) for k in steps[i].links)
+        ways[i] = sum(
+            (1 if k.to is None else ways[k.to]) * ((scalar(k.local) or 0.0) if scalars else 1) for k in steps[i].links
+        )
     return ways
 
 
@@ -298,8 +307,9 @@ def _differentiate(link: Link, row: Rule | None, call: Call | None, step: Step) 
                 link.numbers = None if g is None else substituted(row, call, link.argument, g)
             except (RuntimeError, ValueError, TypeError, KeyError, OverflowError):
                 link.local = None  # the table has the operation, but not for this call
-    if link.local is None and whole and scalar(step.into[0]) and scalar(link.leaves) is not None:
-        link.local = scalar(link.leaves) / scalar(step.into[0])
+    arrives, sent = scalar(step.into[0]), scalar(link.leaves)
+    if link.local is None and whole and arrives and sent is not None:
+        link.local = sent / arrives
 
 
 def scalar(of: Any) -> float | None:
@@ -329,7 +339,8 @@ def _why_not(graph: Graph, call: BackwardCall, leaf: int, target: tuple) -> str:
     before = list(graph.ops_between(0, call.after_op))
     flows = {leaf} | {v for op in before for (_, v), edge in zip(op.inputs, op.edges, strict=False) if edge == target}
     used = {str(op.source): None for op in before if flows & {v for _, v in op.inputs}}
-    needed, cuts = set(call.roots), {}
+    needed: set[int | None] = set(call.roots)
+    cuts: dict[str, None] = {}
     for result in reversed(list(graph.values)):
         op = made_by[result.index]
         if result.index in needed:
@@ -378,7 +389,7 @@ def tensors(graph: Graph) -> list[dict[str, Any]]:
             "id": value.index, "name": value.name, "rank": value.rank, "shape": list(value.shape),
             "dtype": str(value.dtype).removeprefix("torch."), "device": value.device, "strides": list(value.strides),
             "view_of": None if value.base is None else graph.title(value.base), "storage": value.storage,
-            "copy_of": graph.title(made.inputs[0][1]) if copied else None, "bytes": value.nbytes,
+            "copy_of": graph.title(made.inputs[0][1]) if made is not None and copied else None, "bytes": value.nbytes,
             "version": value.version, "requires_grad": value.requires_grad, "parameter": value.is_parameter,
             "saved_by": [f"{graph.op(i).label} at {graph.op(i).source}" for i in saved_by.get(value.index, ())],
             "made_by": None if made is None else made.label, "source": None if made is None else str(made.source),

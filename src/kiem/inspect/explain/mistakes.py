@@ -64,7 +64,7 @@ def _works(function: Callable, *shapes: Iterable[int]) -> bool:
 
 @explains(r"[Tt]arget size \(.*must be the same as input size|a target size .* that is different to the input size")
 def _loss_shapes(s: Scene, m: re.Match) -> Lines:
-    a, b = s.arg("input", 0), s.arg("target", 1)
+    a, b = s.need("input", 0), s.need("target", 1)
     codes = [f"{b.code}.expand({_dims(a.shape)})"] if _works(lambda x, y: y.expand_as(x), a.shape, b.shape) else []
     if math.prod(a.shape) == math.prod(b.shape):
         codes = [f"{b.code}.reshape({_dims(a.shape)})"]
@@ -107,7 +107,7 @@ def _product(s: Scene, m: re.Match) -> Lines:
 
 @explains(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\) at non-singleton dimension (\d+)")
 def _broadcast(s: Scene, m: re.Match) -> Lines:
-    a, b = s.pair() or (s.arg("input", 0), s.arg("target", 1))
+    a, b = s.pair() or (s.need("input", 0), s.need("target", 1))
     if isinstance(getattr(s.node, "op", None), ast.MatMult):
         return f"{a}, {b}: before the last two, dimensions must be equal or one of them 1; dimension {m[3]} is not."
     forms = [
@@ -155,9 +155,9 @@ def _reshape(s: Scene, m: re.Match) -> Lines:
 
 @explains(r"view size is not compatible with input tensor's size and stride")
 def _view(s: Scene, m: re.Match) -> Lines:
-    x, args = s.operands()[0], _dims(ast.unparse(arg) for arg in s.node.args)
+    x, args = s.operands()[0], ", ".join(ast.unparse(arg) for arg in getattr(s.node, "args", []))
     return [
-        f"{x}: after a transpose or a slice its elements do not lie in this order in memory, so no view is it.",
+        f"{x}: after a transpose or a slice its elements do not lie in this order in memory: it has no such view.",
         fits([f"{x.code}.reshape({args})", f"{x.code}.contiguous().view({args})"]),
     ]
 
@@ -188,7 +188,7 @@ def _join(s: Scene, m: re.Match) -> Lines:
 )
 def _same(s: Scene, m: re.Match) -> Lines:
     weight, x = getattr(s.layer, "weight", None), s.arg("input", 0)
-    a, b = s.pair() or (s.arg("target", 1), x)
+    a, b = s.pair() or (s.need("target", 1), x or s.need("input", 0))
     if isinstance(weight, Tensor) and x is not None:
         a, b = x, seen(f"{s.layer_name}.weight", weight)
     if "device" in m[0]:
@@ -199,7 +199,7 @@ def _same(s: Scene, m: re.Match) -> Lines:
 
 @explains(r"Expected input batch_size|Expected target size|multi-target not supported")
 def _classes(s: Scene, m: re.Match) -> Lines:
-    x, y = s.arg("input", 0), s.arg("target", 1)
+    x, y = s.need("input", 0), s.need("target", 1)
     forms = [(f"{y.code}.reshape(-1)", x.shape, (math.prod(y.shape),))]
     forms += (
         [
@@ -220,7 +220,9 @@ def _classes(s: Scene, m: re.Match) -> Lines:
 
 @explains(r"Target (-?\d+) is out of bounds|index out of range in self")
 def _range(s: Scene, m: re.Match) -> Lines:
-    y, x = (s.arg("target", 1), s.arg("input", 0)) if m[1] else (s.arg("input", 0), s.arg("weight", 1))
+    y, x = (s.need("target", 1), s.need("input", 0)) if m[1] else (s.need("input", 0), s.need("weight", 1))
+    if y.tensor is None:
+        raise LookupError(y.name)
     count = x.shape[0] if not m[1] or len(x.shape) == 1 else x.shape[1]
     low, high = y.tensor.min().item(), y.tensor.max().item()
     codes = [f"{y.code} - {low}"] if low > 0 and high - low < count else []
@@ -237,10 +239,10 @@ def _range(s: Scene, m: re.Match) -> Lines:
     r"|input.size\(-1\) must be equal to input_size. Expected \d+, got (\d+)"
 )
 def _features(s: Scene, m: re.Match) -> Lines:
-    x, layer = s.arg("input", 0), s.layer
+    x, layer = s.need("input", 0), s.layer
     groups = m.groups() if "mat1" not in m.string else (None,) * 4
     size = int(groups[1] or groups[2] or groups[3] or x.shape[-1])
-    takes = int(re.search(r"\(+(?:in_features=)?(\d+)", repr(layer))[1])
+    takes = int(re.findall(r"\(+(?:in_features=)?(\d+)", repr(layer))[0])
     codes = [f"{x.code}.movedim(-1, 1)"] if groups[0] and x.shape[-1] == takes else []
     if isinstance(layer, nn.Linear):
         codes += [f"{x.code}.flatten(1)"] if len(x.shape) > 2 and math.prod(x.shape[1:]) == takes else []

@@ -109,7 +109,10 @@ class Scene:
             case ast.Subscript(base, key):
                 held: Any = self.value(base)
                 at = self.value(key)
-                return held[at] if isinstance(held, PLAIN) and isinstance(at, int | str) else None
+                if not isinstance(held, PLAIN) or not isinstance(at, int | str):
+                    return None
+                container: Any = held
+                return container[at]
         return None
 
     def operands(self) -> list[Seen]:
@@ -162,6 +165,13 @@ class Scene:
                         return f"{name}.{path}" if path else name
         return type(self.layer).__name__
 
+    def need(self, name: str, position: int) -> Seen:
+        """`arg`, or LookupError where it is not known: then nothing can be explained."""
+        found = self.arg(name, position)
+        if found is None:
+            raise LookupError(name)
+        return found
+
     def arg(self, name: str, position: int) -> Seen | None:
         """An argument of the torch function that raised, named as the user does; else an operand by position."""
         tensor = next((f.f_locals[name] for f in self.inner if isinstance(f.f_locals.get(name), Tensor)), None)
@@ -178,7 +188,7 @@ class Scene:
 
 def _failed_inputs(graph: Graph) -> list[Seen]:
     """The tensors of the last operation that raised."""
-    op = next((op for op in reversed(graph.ops) if op.error), None)
+    op = next((op for op in reversed(list(graph.ops)) if op.error), None)
     values = [(name, graph.value(v)) for name, v in op.inputs] if op else []
     return [Seen(name, v.shape, str(v.dtype).removeprefix("torch."), v.device) for name, v in values]
 

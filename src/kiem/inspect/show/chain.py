@@ -21,7 +21,10 @@ def paths(chain: Chain) -> list[list[tuple[ChainStep, Link]]]:
     if chain.paths > MOST_PATHS:
         return []
     entered = {link.to for step in chain.steps for link in step.links}
-    found, open_paths = [], [(i, []) for i in range(len(chain.steps) - 1, -1, -1) if i not in entered]
+    found: list[list[tuple[ChainStep, Link]]] = []
+    open_paths: list[tuple[int, list[tuple[ChainStep, Link]]]] = [
+        (i, []) for i in range(len(chain.steps) - 1, -1, -1) if i not in entered
+    ]
     while open_paths:
         step, so_far = open_paths.pop()
         for link in reversed(chain.steps[step].links):
@@ -44,12 +47,14 @@ def equations(chain: Chain) -> list[str]:
     Values that have no name in the program are passed over."""
     if chain.product is None:
         return []
-    lines, values = [], []
+    lines: list[str] = []
+    values: list[float] = []
     for path in paths(chain):
         factors: list[tuple[str, float]] = []
-        before, factor, value = "L", chain.seed, chain.seed
+        before, factor, value = "L", chain.seed or 0.0, chain.seed or 0.0
         for _, link in path:
-            factor, value = factor * scalar(link.local), value * scalar(link.local)
+            local = scalar(link.local) or 0.0
+            factor, value = factor * local, value * local
             if not link.title.startswith("%") or link is path[-1][1]:
                 factors.append((f"d{before}/d{link.title}", factor))
                 before, factor = link.title, 1.0
@@ -137,7 +142,7 @@ def print_chain(chain: Chain, console: Console, everything: bool = False) -> Non
     if not short_enough and len(chain.joins) > 1:
         good = [j for j in chain.joins[:-1] if j.ok]
         if good:
-            worst = max(good, key=lambda j: j.error / j.bound)
+            worst = max(good, key=lambda j: (j.error or 0.0) / j.bound)
             say("", f"sums at earlier merges match: {len(good)}; largest relative error {worst.error:.1e}, "
                     f"bound {worst.bound:.0e}")  # fmt: skip
     for line in equations(chain):
@@ -148,7 +153,8 @@ def print_chain(chain: Chain, console: Console, everything: bool = False) -> Non
 
 def _last_steps(chain: Chain) -> list[int]:
     """The steps that send to the leaf; before one that only changes the shape, what sends to it."""
-    found, ends = set(), {None}
+    found: set[int] = set()
+    ends: set[int | None] = {None}
     while ends:
         new = {i for i, step in enumerate(chain.steps) if any(k.to in ends for k in step.links)} - found
         found |= new

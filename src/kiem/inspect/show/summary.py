@@ -9,7 +9,7 @@ from itertools import groupby
 from rich.console import Console
 
 from kiem.format import bytes_text
-from kiem.inspect.explain.chain import arguments, tensors
+from kiem.inspect.explain.chain import arguments, called, tensors
 from kiem.inspect.graph.model import BackwardCall, Graph, Repeat, Source, Step
 from kiem.inspect.show.terminal import Say, block, count_text, gradient_text
 
@@ -44,7 +44,7 @@ def print_summary(graph: Graph, console: Console) -> None:
             continue
         inside = ", inside another one" if call.nested else ""
         kind = "autograd.grad, pass" if call.partial else "backward pass"
-        of = " and ".join(graph.title(v) for v in call.roots) or "?"
+        of = " and ".join(called(graph, v) for v in call.roots) or "?"
         say(f"{kind} {number}", f" from {of}{inside}: {count_text(len(call.steps), 'node')}, "
             f"{count_text(len(call.leaf_grads), 'gradient')}  {call.source}")  # fmt: skip
         for value, gradient in list(call.leaf_grads.items())[:12]:
@@ -91,8 +91,8 @@ def print_operations(graph: Graph, console: Console, everything: bool = False) -
             given = ", ".join(graph.title(v) for _, v in op.inputs)
             marks = [op.region, "random" if op.random else "", "in place" if op.mutates else "", op.module,
                      "" if op.grad_enabled else "no_grad"]  # fmt: skip
-            marks = ", ".join(mark for mark in marks if mark)
-            say(f"{op.index:>4}  {op.label}", f"({given}) → {made or 'nothing'}  {marks}  {op.source}")
+            said = ", ".join(mark for mark in marks if mark)
+            say(f"{op.index:>4}  {op.label}", f"({given}) → {made or 'nothing'}  {said}  {op.source}")
         return
     for module, run in groupby(graph.ops, lambda op: block(op.module)):
         ops = list(run)
@@ -125,7 +125,7 @@ def print_backward(graph: Graph, call: BackwardCall, console: Console, everythin
     """Each step of a backward call in the order in which it ran: what arrived, what left to which input. Of a long one
     the first steps, unless everything is asked for."""
     say = Say(console)
-    of = " and ".join(graph.title(v) for v in call.roots)
+    of = " and ".join(called(graph, v) for v in call.roots)
     number = next((i for i, c in enumerate(graph.backwards, 1) if c is call), 0)
     say(f"backward pass {number}", f" from {of}  {call.source}", style="bold")
     shown = call.steps if everything else call.steps[:MOST_LINES]

@@ -101,7 +101,8 @@ def _not_checked(graph: Graph, result: Result) -> list[str]:
     """What was not checked and why, in short, the program's failure first."""
     kinds = Counter(gap.kind for gap in result.gaps)
     skipped = sum(v.verdict == "unchecked" for v in result.verdicts)
-    coarse = sum(v.verdict == "coarse" for v in (*result.verdicts, *(v for _, v in result.parameters)))
+    verdicts = [v.verdict for v in result.verdicts] + [v.verdict for _, v in result.parameters]
+    coarse = verdicts.count("coarse")
     found = []
     if graph.failure is not None:
         at = f" at {_place(graph.failure.source)}" if graph.failure.source else ""
