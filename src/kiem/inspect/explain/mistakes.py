@@ -188,9 +188,10 @@ def _join(s: Scene, m: re.Match) -> Lines:
 )
 def _same(s: Scene, m: re.Match) -> Lines:
     weight, x = getattr(s.layer, "weight", None), s.arg("input", 0)
-    a, b = s.pair() or (s.need("target", 1), x or s.need("input", 0))
     if isinstance(weight, Tensor) and x is not None:
         a, b = x, seen(f"{s.layer_name}.weight", weight)
+    else:
+        a, b = s.pair() or (s.need("target", 1), x or s.need("input", 0))
     if "device" in m[0]:
         return [f"{a} on {a.device}, {b} on {b.device}: both must be on one.", fits([f"{a.code}.to({b.device!r})"])]
     a, b = (b, a) if a.dtype.startswith("float") and not b.dtype.startswith("float") else (a, b)

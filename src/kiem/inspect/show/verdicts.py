@@ -92,8 +92,8 @@ def _sharp(checked: list[Verdict]) -> str:
     inputs = [i for v in checked for i in v.inputs]
     worst = max((i for i in inputs if math.isfinite(i.units) and not _coarse(i)), key=lambda i: i.units, default=None)
     ulp = "0 ulp" if worst is None else f"{_units(worst.units)} ulp ({_dtype(worst)})"
-    missed = max((getattr(i, "sharpness", 0.0) for i in inputs), default=0.0)
-    found = f"; an error of {missed:.2g} of a gradient would have shown" if missed > 1e-3 else ""
+    missed = max((i.sharpness for i in inputs), default=0.0)
+    found = f"; an error of {missed:.1%} in any gradient would have shown" if missed > 1e-3 else ""
     return f"; largest rounding error: {ulp}{found}."
 
 
