@@ -105,6 +105,7 @@ def train(
     if budget is not None:
         wanted = budget.with_depth(wanted)
     dataset = _prepare(wanted, quiet)
+    _tell(dataset, quiet)
     if budget is not None:
         wanted = budget.with_length(wanted, dataset.tokenizer.vocab_size)
     deadline = None if budget is None else budget.ends
@@ -281,6 +282,16 @@ def _prepare(config: RunConfig, quiet: bool) -> "Dataset":
 
     with _counting(quiet) as progress:
         return make(config.data, tokenizer_vocab_size(config), runtime.cache_dir(), progress)
+
+
+def _tell(dataset: "Dataset", quiet: bool) -> None:
+    """Say what is held out, what was left out of the text, and what the tokenizer loses."""
+    from kiem.format import printable
+    from kiem.training.progress import StatusLine
+
+    line = StatusLine(not quiet)
+    for text in (f"held out: {dataset.report['validation']['rule']}", *dataset.report["notes"]):
+        line.line(printable(text))
 
 
 @contextmanager

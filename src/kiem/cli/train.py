@@ -91,7 +91,7 @@ def prepare(sources, config, tokenizer, quiet, as_json) -> None:
     if as_json:
         print_json(report)
         return
-    from kiem.format import bytes_text, integer_text, plural
+    from kiem.format import bytes_text, integer_text, plural, printable
 
     train, held_out = report["training"], report["validation"]
     click.echo(
@@ -103,7 +103,7 @@ def prepare(sources, config, tokenizer, quiet, as_json) -> None:
         f"held out {integer_text(held_out['tokens'])} ({held_out['rule']})"
     )
     for note in report["notes"]:
-        click.echo(f"  {note}", err=True)
+        click.echo(f"  {printable(note)}", err=True)
     click.echo(f"in {report['path']}")
 
 

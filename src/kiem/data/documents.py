@@ -42,12 +42,13 @@ def convert(files: list[tuple[Path, str]], folder: Path) -> Iterator[Path | str]
                 continue
             reader = reader if reader and reader.alive else _Reader()
             answer = reader.ask(path)
-            if answer.get("text") is None:
+            text = answer.get("text")
+            if text is None:
                 yield str(answer["error"])
                 continue
             temporary = folder / f"{digest[:32]}.{os.getpid()}"
             try:
-                temporary.write_text(answer["text"], encoding="utf-8", errors="replace")
+                temporary.write_text(text, encoding="utf-8", errors="replace")
                 os.replace(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)

@@ -260,26 +260,19 @@ def _as_text(items: list[Item], cache: Path | None, report: Report) -> list[Item
         else:
             wanted.append(len(found))
             found.append(item)
-    files = [(item.path, item.digest) for index in wanted if (item := found[index]) and item.path]
     folder = (cache or Path(tempfile.gettempdir()) / "kiem") / "documents"
-    for index, text in zip(wanted, documents.convert(files, folder), strict=True):
-        item = found[index]
-        assert item is not None
+    files = [(path, items[index].digest) for index in wanted if (path := items[index].path)]
+    texts = documents.convert(files, folder)
+    for index, text in zip(wanted, texts, strict=True):
+        name, digest = items[index].name, items[index].digest
         if isinstance(text, str):
-            report(Problem(item.name, None, f"cannot be turned into text ({text})", "left out", "unreadable"))
+            report(Problem(name, None, f"cannot be turned into text ({text})", "left out", "unreadable"))
             found[index] = None
-        else:
-            kind = "the text of a notebook" if item.name.endswith(".ipynb") else "the text in it"
-            report(Problem(item.name, None, f"a {Path(item.name).suffix} file", f"{kind} is read", "converted"))
-            stat = text.stat()
-            found[index] = replace(
-                item,
-                kind="text",
-                path=text,
-                digest=f"text of {item.digest}",
-                size=stat.st_size,
-                mtime_ns=stat.st_mtime_ns,
-            )
+            continue
+        kind = "the text of a notebook" if name.endswith(".ipynb") else "the text in it"
+        report(Problem(name, None, f"a {Path(name).suffix} file", f"{kind} is read", "converted"))
+        stat = text.stat()
+        found[index] = Item(name, "text", text, f"text of {digest}", stat.st_size, stat.st_mtime_ns)
     kept = [item for item in found if item is not None]
     if items and not kept:
         raise DataError(
