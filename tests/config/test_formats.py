@@ -72,7 +72,7 @@ def test_yaml_scalars_are_what_they_look_like(text, value):
     ("a.yaml", "[" * 5000, ["a.yaml", "deep"]),
     ("a.json", '{"seed": ' + "9" * 5000 + "}", ["a.json"]),
     ("a.yaml", "seed: " + "9" * 5000, ["a.yaml"]),
-    ("a.yaml", "seed: 1\n" + "#" * 2**20, ["a.yaml", "1 MiB"]),
+    ("a.yaml", "seed: 1\n" + "#" * 2**20, ["a.yaml", "256 KiB"]),
     ("a.yaml", '!!int "": 1', ["a.yaml"]),
     ("a.yaml", 'seed: !!int ""', ["a.yaml:1", "whole number"]),
     ("a.yaml", "seed: !!bool maybe", ["a.yaml:1", "true or false"]),

@@ -67,13 +67,13 @@ def _open(values: Mapping[str, Any]) -> Translation | None:
     if not missing:
         return None
     keys = sorted({key for named in missing.values() for key in named})
-    example = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope"}
+    llama = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope"}
+    example = ", ".join(f"{field}: {llama[field]}" for field in missing)
     return Translation(
-        "a model",
+        "",
         problems=[
-            f"{', '.join(keys)}: keys of models that are not GPT-2, and it is not said which: give "
-            f"{', '.join(missing)} (a Llama has {', '.join(f'{field}: {example[field]}' for field in missing)}), or "
-            f"model_type ({', '.join(FAMILIES)})"
+            f"{', '.join(keys)} belong{'s' if len(keys) == 1 else ''} to models that are not GPT-2, and nothing says "
+            f"to which: give {', '.join(missing)} (a Llama has {example}), or model_type ({', '.join(FAMILIES)})"
         ],
     )
 
@@ -179,7 +179,7 @@ def _nanogpt_training(values: Mapping[str, Any], found: Translation) -> None:
         "train.cooldown": ("cosine", "lr_decay_iters"),
         "train.cooldown_tokens": (max(0, tokens - warmup), "lr_decay_iters"),
     }
-    if isinstance(peak, int | float) and isinstance(least, int | float) and 0 <= least <= peak and peak > 0:
+    if all(isinstance(rate, int | float) for rate in (peak, least)) and 0 <= least <= peak and 0 < peak < 1e6:
         found.values["train.final_lr_fraction"] = (least / peak, "min_lr")
     else:
         found.problems.append("min_lr is not between 0 and learning_rate")

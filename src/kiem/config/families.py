@@ -163,10 +163,10 @@ _READ_APART = {
 def family_named(hf: Mapping[str, Any]) -> str | None:
     """The family that a config.json names by its model_type or architecture, built by Kiem or not; None if neither."""
     if hf.get("model_type") is not None:
-        return str(hf["model_type"])
+        return _shown(hf["model_type"]).strip('"')
     listed = hf.get("architectures")
     for name in listed if isinstance(listed, list) else []:
-        return next((f.name for f in FAMILIES.values() if f.architecture == name), str(name))
+        return next((f.name for f in FAMILIES.values() if f.architecture == name), _shown(name).strip('"'))
     return None
 
 
@@ -175,9 +175,7 @@ def translate_hf(hf: Mapping[str, Any], name: str | None = None) -> Translation:
     name = name or family_named(hf)
     family = FAMILIES.get(name or "")
     if family is None:
-        return Translation(
-            f"a {str(name)[:60]} model", problems=[f"model_type {str(name)[:60]!r}: Kiem builds {', '.join(FAMILIES)}"]
-        )
+        return Translation(f"a {name} model", problems=[f"model_type {name!r}: Kiem builds {', '.join(FAMILIES)}"])
     found = Translation(f"a {family.name} model")
     for path, allowed in family.fixed.items():
         if not isinstance(allowed, tuple):
@@ -242,7 +240,7 @@ def _unknown_keys(hf: Mapping[str, Any], family: Family, found: Translation) -> 
 
 def _read_gpt2(hf: Mapping[str, Any], family: Family, found: Translation) -> None:
     function = hf.get("activation_function", "gelu_new")
-    if function in _GELU_READ:
+    if isinstance(function, str) and function in _GELU_READ:
         found.values["model.activation"] = (_GELU_READ[function], "activation_function")
     else:
         found.problems.append(f"activation_function {_shown(function)}: Kiem computes {', '.join(_GELU_READ)}")
@@ -263,7 +261,7 @@ def _read_rope(hf: Mapping[str, Any], family: Family, found: Translation) -> Non
     _read_rotary(hf, found)
     uses_window = family.name == "mistral" or (family.name.startswith("qwen") and hf.get("use_sliding_window", False))
     size = hf.get("sliding_window", 4096) if uses_window else None
-    if isinstance(size, int) and not isinstance(size, bool):
+    if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 2**40:
         key = "sliding_window" if family.name == "mistral" else "use_sliding_window with sliding_window"
         found.window = (key, size)
     elif size is not None:
@@ -301,7 +299,7 @@ def rope_scaling(given: Mapping[str, Any], original: Any = None) -> tuple[dict[s
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return {}, []
-    if kind not in ("linear", "llama3"):
+    if not isinstance(kind, str) or kind not in ("linear", "llama3"):
         return {}, [f"rope_type {_shown(kind)}: Kiem computes default, linear and llama3"]
     values: dict[str, Any] = {"rope_scaling": kind}
     values |= {_SCALING_KEYS[key]: value for key, value in given.items() if key in _SCALING_KEYS and value is not None}

@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from kiem.config.literals import Unread, Written, bound_depth, parse_literal, tokens
+from kiem.config.literals import MAX_DEPTH, Unread, Written, bound_depth, parse_literal, tokens
 from kiem.errors import ConfigError
 
-MAX_BYTES = 2**20
+MAX_BYTES = 2**18
 MAX_NODES = 20_000
 LITERAL_SUFFIXES = (".json", ".jsonc", ".json5", ".py")
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -128,7 +128,7 @@ def _read_text(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{path}: is larger than 1 MiB, which no configuration is: give a configuration file")
+        raise ConfigError(f"{path}: is larger than 256 KiB, which no configuration is: give a configuration file")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -162,6 +162,8 @@ def _parse_by_content(text: str, name: str) -> Written:
 
 def _parse_toml(text: str, name: str) -> Any:
     bound_depth(text, name)
+    if any(line.partition("=")[0].count(".") > MAX_DEPTH for line in text.splitlines()):
+        raise ConfigError(f"{name}: is nested too deeply: no configuration has {MAX_DEPTH} levels")
     try:
         return _plain(tomllib.loads(text))
     except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:

@@ -20,9 +20,11 @@ from kiem.errors import ConfigError
 
 MAX_DEPTH = 50
 
+# A string or comment that is not closed goes on to the end, so that each character is looked at once.
 _TOKEN = re.compile(
-    r"""(?P<string>'''(?:\\.|[^\\])*?'''|\"\"\"(?:\\.|[^\\])*?\"\"\"|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')"""
-    r"""|(?P<comment>//[^\n]*|\#[^\n]*|/\*.*?\*/)|(?P<word>[A-Za-z_]\w*)|(?P<other>[^"'/\#A-Za-z_]+|.)""",
+    r"""(?P<string>\'\'\'(?:\\.|[^\\])*?(?:\'\'\'|\\?\Z)|\"\"\"(?:\\.|[^\\])*?(?:\"\"\"|\\?\Z)"""
+    r"""|"(?:\\.|[^"\\\n])*(?:"|(?=\n)|\\?\Z)|'(?:\\.|[^'\\\n])*(?:'|(?=\n)|\\?\Z))"""
+    r"""|(?P<comment>//[^\n]*|\#[^\n]*|/\*.*?(?:\*/|\Z))|(?P<word>[A-Za-z_]\w*)|(?P<other>[^"'/\#A-Za-z_]+|.)""",
     re.DOTALL,
 )
 _JS_ASSIGNMENT = re.compile(r"\s*(?:(?:const|let|var)\s+)[A-Za-z_]\w*\s*(?::[^={}]*)?=\s*(?=[{(\[a-z])")

@@ -34,7 +34,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kiem.config.model import ModelConfig
-from kiem.config.run import RunConfig, TrainConfig
+from kiem.config.run import MOST_TOKENS, RunConfig, TrainConfig
 from kiem.errors import ConfigError
 
 DEFAULT_DEPTH = 4
@@ -146,7 +146,7 @@ def resolve(config: RunConfig, vocab_size: int) -> RunConfig:
 def _training(train: TrainConfig, model: ModelConfig) -> dict[str, Any]:
     """Items 6 to 14, and the checks that need the model."""
     context, muon = model.context_length, train.optimizer == "muon"
-    tokens = train.tokens or 20 * multiplied_parameters(model)
+    tokens = train.tokens or min(MOST_TOKENS, 20 * multiplied_parameters(model))
     batch = train.batch_tokens or max(context, min(_power_of_two(0.75 * tokens**0.5), tokens) // context * context)
     micro = train.micro_batch_tokens or (
         _largest_part(batch, context, 16_384 * 256 // model.emb_dim) if batch % context == 0 else batch
@@ -167,7 +167,8 @@ def _training(train: TrainConfig, model: ModelConfig) -> dict[str, Any]:
             problems.append(f"train.{name} {value} is more than train.tokens {tokens}")
     if problems:
         raise ConfigError("\n".join(problems))
-    steps = -(-tokens // batch)  # a last step that is not full is made full: never less than was asked for
+    # A last step that is not full is made full: never less than was asked for.
+    steps = min(math.ceil(tokens / batch), MOST_TOKENS // batch)
     every = max(1, math.ceil(steps / 10))
     derived = {
         "batch_tokens": batch,

@@ -42,17 +42,20 @@ def read_config(
     key will do where it is unambiguous. Raises one ConfigError with every problem found.
     """
     draft = Draft()
-    if isinstance(target, RunConfig):
-        draft.add_mapping(config_dict(target), "config")
-    elif isinstance(target, Mapping):
-        draft.add_mapping(dict(target), "config")
-    elif target is not None:
-        draft.add_target(str(target))
-    for key, value in (options or {}).items():
-        draft.set(key, value, _OPTIONS.get(key) or f"--{key.rpartition('.')[2]}")
-    for text in sorted(overrides, key=lambda text: not text.startswith("model=")):  # a preset, then changes to it
-        draft.override(text)
-    return draft.check()
+    try:
+        if isinstance(target, RunConfig):
+            draft.add_mapping(config_dict(target), "config")
+        elif isinstance(target, Mapping):
+            draft.add_mapping(dict(target), "config")
+        elif target is not None:
+            draft.add_target(str(target))
+        for key, value in (options or {}).items():
+            draft.set(key, value, _OPTIONS.get(key) or f"--{key.rpartition('.')[2]}")
+        for text in sorted(overrides, key=lambda text: not text.startswith("model=")):  # a preset, then changes to it
+            draft.override(text)
+        return draft.check()
+    except ConfigError as error:  # half a surrogate pair in a key or value cannot be printed
+        raise ConfigError(str(error).encode("utf-8", "backslashreplace").decode()) from None
 
 
 def config_dict(config: RunConfig) -> dict[str, Any]:
@@ -96,7 +99,7 @@ class Draft:
         if not os.path.exists(path) and not path.suffix and "/" not in target:
             close = difflib.get_close_matches(target, PRESETS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"presets are {', '.join(PRESETS)}"
-            raise ConfigError(f"'{target}' is neither a file nor a preset: {hint}")
+            raise ConfigError(f"'{target[:60]}' is neither a file nor a preset: {hint}")
         document = read_document(path)
         self.lines = _lines(document.text)
         self.add_mapping(document.values, target, document.form)
@@ -134,7 +137,8 @@ class Draft:
             else:
                 self._unknown(*path.rpartition(".")[::2], self._where(key))
         if translation.problems:
-            self.problems.append(f"{self.name}: {translation.what}: {'; '.join(translation.problems)}")
+            what = f"{translation.what}: " if translation.what else ""
+            self.problems.append(f"{self.name}: {what}{'; '.join(translation.problems)}")
             self.meant.update(f"model.{name}" for name in ModelConfig.model_fields)
         self.windows.append(translation)
 
@@ -142,12 +146,13 @@ class Draft:
         """`key=value`."""
         key, equals, value = text.partition("=")
         key, value = key.strip(), value.strip()
+        shown = text if len(text) <= 60 else text[:57] + "..."
         if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key, re.ASCII):
-            self.problems.append(f"'{text}' is not understood: write key=value, such as train.lr=3e-4 or depth=4")
+            self.problems.append(f"'{shown}' is not understood: write key=value, such as train.lr=3e-4 or depth=4")
         elif not value:
-            self.problems.append(f"'{text}' has no value: write {key}=VALUE, or {key}=null for the default")
+            self.problems.append(f"'{shown}' has no value: write {key}=VALUE, or {key}=null for the default")
         else:
-            self.set(key, value, f"'{text}'")
+            self.set(key, value, f"'{shown}'")
 
     def set(self, key: str, value: Any, where: str) -> None:
         """A value for a dotted or short key."""
@@ -253,9 +258,9 @@ class Draft:
             entry = entry.model_dump() if hasattr(entry, "model_dump") else entry
             if isinstance(entry, Mapping):
                 for name in [name for name in entry if name not in names.source_keys()]:
-                    self.problems.append(
-                        f"{where}: {path}[{index}] has the unknown key '{name}': {names.nearest_source_key(str(name))}"
-                    )
+                    few = len(self.problems) < MAX_PROBLEMS
+                    hint = names.nearest_source_key(str(name)) if few else "remove it"
+                    self.problems.append(f"{where}: {path}[{index}] has the unknown key '{str(name)[:60]}': {hint}")
                 entry = {name: item for name, item in entry.items() if name in names.source_keys()}
             entries.append(entry)
         return entries
@@ -264,6 +269,7 @@ class Draft:
         if len(self.problems) < MAX_PROBLEMS:  # a file of thousands of them is no configuration
             hint, meant = names.nearest(name, section)
             self.meant.add(meant or "")
+            hint = "remove it" if any(problem.endswith(hint) for problem in self.problems) and not meant else hint
         else:
             hint = "remove it"
         self.problems.append(f"{where}: unknown key '{section + '.' if section else ''}{name[:60]}': {hint}")

@@ -16,6 +16,7 @@ from kiem.config.model import DERIVED, Config, ModelConfig
 
 IDENTITY: dict[str, JsonValue] = {"kind": "identity"}
 EXECUTION: dict[str, JsonValue] = {"kind": "execution"}
+MOST_TOKENS = 10**15
 
 
 class Source(Config):
@@ -84,7 +85,13 @@ class DataConfig(Config):
 class TrainConfig(Config):
     """The optimisation. Sizes are in tokens; learning rates are functions of tokens seen, never of steps."""
 
-    tokens: int = Field(DERIVED, ge=1, le=10**15, description="tokens to train on in all", json_schema_extra=IDENTITY)
+    tokens: int = Field(
+        DERIVED,
+        ge=1,
+        le=MOST_TOKENS,
+        description="tokens to train on in all, rounded up to whole steps",
+        json_schema_extra=IDENTITY,
+    )
     batch_tokens: int = Field(DERIVED, ge=2, le=10**9, description="tokens per update", json_schema_extra=IDENTITY)
     micro_batch_tokens: int = Field(
         DERIVED,
