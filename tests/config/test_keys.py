@@ -21,6 +21,8 @@ def test_execution_is_how_and_where_a_run_is_computed_and_what_it_writes():
         "train.precision",
         "train.compile",
         "train.activation_checkpointing",
+        "train.skip_batches",
+        "train.stop_on_divergence",
         "train.eval_every",
         "train.eval_tokens",
         "train.sample_every",

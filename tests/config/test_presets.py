@@ -32,7 +32,7 @@ def test_any_depth_resolves_and_is_complete(depth):
     resolved = resolve(config, tokenizer_vocab_size(config))
     train = resolved.train
     assert resolved.model.emb_dim == 64 * ((depth + 1) // 2) and resolved.model.n_layers == depth
-    assert None not in train.model_dump().values()
+    assert [name for name, value in train.model_dump().items() if value is None] == ["skip_batches"]
     assert (
         train.batch_tokens % train.micro_batch_tokens == train.micro_batch_tokens % resolved.model.context_length == 0
     )
@@ -71,6 +71,7 @@ def test_given_values_stay():
     (TrainConfig(batch_tokens=100, tokens=1000), "not a multiple of context_length 32: use 96"),
     (TrainConfig(batch_tokens=10, tokens=1000), "batch_tokens 10 is not a multiple of context_length 32: use 32"),
     (TrainConfig(batch_tokens=100, micro_batch_tokens=10), "batch_tokens 100 is not .*micro_batch_tokens 10 is not"),
+    (TrainConfig(batch_tokens=1000), r"^train.batch_tokens 1000 is not a multiple of context_length 32: use 992$"),
     (TrainConfig(tokens=10), "less than one batch"),
     (TrainConfig(tokens=10_000, warmup_tokens=20_000), "more than train.tokens"),
 ])  # fmt: skip

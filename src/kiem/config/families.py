@@ -256,8 +256,8 @@ def _read_rope(hf: Mapping[str, Any], family: Family, found: Translation) -> Non
     for path, value, key in (("qkv_bias", attention, "attention_bias"), ("bias", attention or mlp, "mlp_bias")):
         if path not in family.fixed:
             found.values[f"model.{path}"] = (value, key)
-        elif value and family.fixed[path] != value and family.name != "qwen3":
-            found.problems.append(f"{key} {_shown(hf[key])}: a {family.name} model has none")
+    refused = {"mistral": ("attention_bias", "mlp_bias"), "qwen2": ("mlp_bias",), "qwen3": ("mlp_bias",)}
+    found.problems += [f"{key}: a {family.name} model has none" for key in refused.get(family.name, ()) if hf.get(key)]
     _read_rotary(hf, found)
     uses_window = family.name == "mistral" or (family.name.startswith("qwen") and hf.get("use_sliding_window", False))
     size = hf.get("sliding_window", 4096) if uses_window else None

@@ -1,4 +1,4 @@
-"""Every configuration key: where it lives, what it takes, other names for it, and the nearest one to a misspelt one."""
+"""Every configuration key: where it lives, what it takes, other names for it, and the nearest to a misspelled one."""
 
 import difflib
 import types

@@ -10,7 +10,8 @@ The derivation, in the order in which it is done. M: measured (records/), A: ass
  4. context_length = 64 * depth, rounded up to a power of two, between 256 and 2048: text a model of this size can use.
  5. A bpe tokenizer of 64 * depth^2 entries, rounded to a power of two, between 1024 and 65536: the head's share of the
     work stays about the same at any depth (M at emb_dim 128: 1024 beats 2048; A beyond).
- 6. tokens = 20 per parameter that is multiplied with (blocks and head; A: Hoffmann et al. 2022, arXiv:2203.15556).
+ 6. tokens = 20 per parameter that is multiplied with (blocks and head; A: Hoffmann et al. 2022, arXiv:2203.15556). Any
+    length is rounded up to whole steps.
  7. batch_tokens = 0.75 * sqrt(tokens), rounded to a power of two, at least one context: the batch that still
     pays grows about with the square root of the data (A: Zhang et al. 2024, arXiv:2410.21676; the factor M).
  8. matrix_lr = 0.02 at any width: an orthogonal update has the same effect on a matrix of any size (A: Jordan 2024;
@@ -153,8 +154,8 @@ def _training(train: TrainConfig, model: ModelConfig) -> dict[str, Any]:
     )
     problems = [
         f"{name} {value} is not a multiple of context_length {context}: use {max(1, round(value / context)) * context}"
-        for name, value in (("train.batch_tokens", batch), ("train.micro_batch_tokens", micro))
-        if value % context
+        for name, value in (("train.batch_tokens", batch), ("train.micro_batch_tokens", train.micro_batch_tokens))
+        if value and value % context
     ]
     if not problems and batch % micro:
         problems.append(f"train.batch_tokens {batch} is not a multiple of train.micro_batch_tokens {micro}")

@@ -80,7 +80,7 @@ class Draft:
         self.values: dict[str, Any] = {section: {} for section in names.SECTIONS}
         self.origin: dict[str, str] = {}
         self.problems: list[str] = []
-        self.meant: set[str] = set()  # keys that a misspelt one meant: their absence is no second problem
+        self.meant: set[str] = set()  # keys that a misspelled one meant: their absence is no second problem
         self.base: dict[str, Any] = {}  # the model as a file or preset has it, before changes to single values
         self.changed: set[str] = set()  # the keys of these changes
         self.windows: list[Translation] = []

@@ -335,7 +335,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     train, needs = plan.config.train, plan.memory
     largest = sorted(plan.parameters_by_module.items(), key=lambda item: -item[1])[:3]
     shares = (f"{name} {percent_text(count / plan.parameters)}" for name, count in largest)
-    yield "parameters", integer_text(plan.parameters), ", ".join(shares)
+    tied = "; head tied to tok_emb" if plan.config.model.tie_embeddings else ""
+    yield "parameters", integer_text(plan.parameters), ", ".join(shares) + tied
     attention = plan.flops.forward_attention + plan.flops.backward_attention
     yield "FLOPs per token", count_text(plan.flops.total), f"attention {percent_text(attention / plan.flops.total)}"
     yield (
