@@ -158,6 +158,15 @@ def peak_memory(device: "torch.device | None" = None) -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
+def matmul_workspace(device: "torch.device") -> int:
+    """Bytes that cuBLAS takes on a CUDA device for its products: one workspace for the thread that runs forward and
+    one for autograd's. 32 MiB each from Hopper on, 8.125 MiB before (CUBLAS_WORKSPACE_CONFIG's defaults in torch)."""
+    import torch
+
+    one = 32 << 20 if torch.cuda.get_device_capability(device) >= (9, 0) else 4096 * 1024 * 2 + 16 * 1024 * 8
+    return 2 * one
+
+
 def machine_memory() -> int:
     """Memory this process may use in bytes: the machine's, or its control group's limit if that is lower."""
     total = psutil.virtual_memory().total

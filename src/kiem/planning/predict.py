@@ -43,6 +43,7 @@ class Plan:
     memory_capacity_bytes: int  # of the accelerator, else of the machine
     speed: "Speed | None" = None
     notes: list[str] = field(default_factory=list)
+    workspace_bytes: int = 0  # of an accelerator's matrix products
 
     @property
     def parameters(self) -> int:
@@ -59,7 +60,8 @@ class Plan:
     @property
     def peak_memory_bytes(self) -> int:
         """Most memory used at one time: resident memory of the process, or allocated on an accelerator."""
-        return max(self.process_peak_bytes, self.process_bytes + self.memory.peak + self.allocator_bytes)
+        beside = self.process_bytes + self.allocator_bytes + self.workspace_bytes
+        return max(self.process_peak_bytes, self.memory.peak + beside)
 
     @property
     def allocator_bytes(self) -> int:
@@ -120,6 +122,7 @@ class Plan:
             "memory": self.memory.to_dict()
             | {
                 "allocator_bytes": self.allocator_bytes,
+                "workspace_bytes": self.workspace_bytes,
                 "process_bytes": self.process_bytes,
                 "process_peak_bytes": self.process_peak_bytes,
             },
@@ -197,6 +200,7 @@ def plan(config: RunConfig, measure: bool = True) -> Plan:
         capacity,
         speed,
         notes,
+        place.workspace_bytes,
     )
 
 
@@ -211,6 +215,7 @@ class _Place:
     peak_bytes: int = 0
     loaded_bytes: int = 0  # of process_bytes, what this process has taken already
     memory_bytes: int | None = None  # of an accelerator
+    workspace_bytes: int = 0  # of an accelerator
 
     @property
     def compute_bytes(self) -> int:
@@ -233,7 +238,8 @@ def _place(config: RunConfig, measure: bool, notes: list[str]) -> _Place:
             precision = str(runtime.select_precision(config.train.precision, device)).removeprefix("torch.")
             if device.type == "cuda":
                 facts = torch.cuda.get_device_properties(device)
-                return _Place(True, facts.name, precision, 0, memory_bytes=facts.total_memory)
+                taken = runtime.matmul_workspace(device)
+                return _Place(True, facts.name, precision, 0, memory_bytes=facts.total_memory, workspace_bytes=taken)
             load_all()
             now = runtime.memory_now()
             return _Place(True, "cpu", precision, now, loaded_bytes=now)
