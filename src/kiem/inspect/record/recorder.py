@@ -224,7 +224,7 @@ class Recorder(TorchDispatchMode):
             value = self.table.new(tensor, op.index, i)
             value.base = inputs.get(value.storage)
             base = None if value.base is None or value.base in self.table.stale else self.graph.value(value.base)
-            if base is not None and base.numel == value.numel:
+            if base is not None and base.numel == value.numel and op.label != "as_strided":
                 value.stats = base.stats
             yield value.index
             if value.stats is None:

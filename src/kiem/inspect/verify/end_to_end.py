@@ -14,15 +14,18 @@ from kiem.inspect.graph.model import BackwardCall, Graph
 from kiem.inspect.verify.directions import without_padding
 from kiem.inspect.verify.judge import (
     FINE,
+    JUMPS,
     NOISE,
     ROUNDINGS,
     Evidence,
     InputVerdict,
     Noise,
     Random,
+    forgive_jumps,
     inner,
     judge,
     repeats,
+    rounded_few_times,
     usual_size,
 )
 from kiem.inspect.verify.numeric import derivative
@@ -50,11 +53,20 @@ def whole_verdicts(
     reason if the way cannot be run again."""
     if not leaves:
         return [], []
-    reached = [step.op for step in call.steps if step.op is not None]
     try:
-        return _Whole(graph, call, recorded, leaves, roots, min(reached, default=0), opaque).verdicts()
+        return _Whole(graph, call, recorded, leaves, roots, _begin(graph, call), opaque).verdicts()
     except Exception as reason:
         raise Unchecked(str(reason).splitlines()[0][:160] if str(reason) else type(reason).__name__) from reason
+
+
+def _begin(graph: Graph, call: BackwardCall) -> int:
+    """The first operation to run again: that of the first node, or what made, since the backward call before, memory
+    that later ones write into (the buffer of a circular padding)."""
+    first = min((step.op for step in call.steps if step.op is not None), default=0)
+    before = max((c.after_op for c in graph.backwards if c.index < call.index and c.after_op <= first), default=0)
+    written = {graph.value(v).storage for op in graph.ops_between(first, call.after_op) for v in op.mutates}
+    makers = (v.producer for v in graph.values if written and v.storage in written and v.producer is not None)
+    return min([first, *(maker for maker in makers if maker >= before)])
 
 
 def unlike_numbers(graph: Graph, leaves: Tensors) -> list[InputVerdict]:
@@ -132,6 +144,10 @@ class _Whole:
             least = torch.finfo(self.graph.value(value).dtype).tiny * output.numel()  # below it all is zero
             if not abs(norm - stats.norm) <= self.unit * (1e4 + len(self.ops)) * max(norm, stats.norm) + least:
                 raise CannotReplay(f"run again in float64 the loss is {norm:.6g}, in the program {stats.norm:.6g}")
+
+    def _near(self, unit: float) -> Tensors:
+        """How far the leaves are from what they would be after a few roundings."""
+        return {leaf: rounded_few_times(x, unit, self.random) - x for leaf, x in self.leaves.items()}
 
     def _sides(self, leaf: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradient a little to both sides of what the leaf holds."""
@@ -221,6 +237,10 @@ class _Whole:
                     coarsest=1.0,  # the sign and size of the whole; each operation was held to more
                 ),
             )
+            if result.verdict == "wrong" and not result.nonfinite:
+                got = at_elements(widen(self.got[leaf]), self.recorded[first])
+                near = [self.gradients(at=self._near(unit))[leaf] for _ in range(JUMPS)]
+                forgive_jumps(result, got, reference[leaf], moved, unit, near)
             if result.nonfinite:
                 result.verdict = "nonfinite"
             if leaf in meant and not result.nonfinite:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from kiem.inspect.graph.layouts import elements, regular
 from kiem.inspect.verify.numeric import Derivative
 from kiem.inspect.verify.slices import Slices
 
+JUMPS = 8  # samples of inputs around a wrong element
 NOISE = 2.0**-26  # relative; far above float64's rounding, far below where formulas stop being straight
 COARSEST = 0.2  # relative error of a whole gradient that must show
 ROUNDINGS = 8.0  # of a stable algorithm
@@ -111,6 +112,11 @@ class Random:
         first = int(torch.randint(ROW, (1,), generator=self._generator))
         for start in range(0, count, ROW):
             yield start, Random._row[first : first + min(ROW, count - start)]
+
+
+def rounded_few_times(x: Tensor, unit: float, random: Random) -> Tensor:
+    """x moved by a few roundings of numbers of its own and of its usual size."""
+    return x + 4 * unit * (x.abs() + usual_size(x)) * random.like(x)
 
 
 class Noise:
@@ -331,6 +337,26 @@ def _by_number(result: InputVerdict, given: Evidence) -> None:
     nothing = sharpness == math.inf and math.isfinite(given.number.error)
     result.sharpness = 0.0 if nothing or (zero and usual == 0.0) else sharpness
     result.verdict = "coarse" if result.sharpness > given.coarsest else "kink" if kink else "ok"
+
+
+def forgive_jumps(
+    result: InputVerdict, got: Tensor, reference: Tensor, moved: Tensor, unit: float, others: Iterable[Tensor]
+) -> None:
+    """Takes a wrong verdict back if every wrong element is one where the reference jumps within a few roundings of the
+    inputs, and lies between what it gives there (`others`): the operation may have been on either side, as where a
+    position in a grid falls into one cell or the next."""
+    allowed = unit * (_with_neighbours(moved.clone()) + reference.abs()) * result.bound
+    low, high = torch.aminmax(torch.stack([_real(t) for t in (reference, *others)]), dim=0)
+    got, slack = _real(got), allowed[..., None] if got.is_complex() or reference.is_complex() else allowed
+    right = (got - _real(reference)).abs() <= slack
+    jumps = (high - low > slack) & (got >= low - slack) & (got <= high + slack)
+    if bool((right | jumps).all()):
+        result.verdict, result.wrong_elements, result.element = "kink", 0, None
+        result.expected = result.got = None
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _with_neighbours(moved: Tensor) -> Tensor:
