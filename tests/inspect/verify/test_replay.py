@@ -78,8 +78,8 @@ def evidence(program):
     torch.manual_seed(0)
     with Trace() as trace:
         program()
-    recorder = trace._recorder
-    return recorder, [e for e in recorder.backward.evidence if e[2] is not None]
+    state = trace._recorder.state
+    return state, [e for e in state.evidence if e.op is not None]
 
 
 @pytest.mark.parametrize("name", ["signs of singular vectors", "order of eigenvalues", "rank of a pseudoinverse",
@@ -89,9 +89,9 @@ def evidence(program):
 def test_a_wrong_gradient_is_called_wrong(name, mutation):
     from kiem.inspect.verify.verifier import check_safely
 
-    recorder, checked = evidence(PROGRAMS[name])
+    state, checked = evidence(PROGRAMS[name])
     tried = 0
-    with recorder.pause():
+    with state.pause():
         for call, step, op, into, out in checked:
             for position, gradient in enumerate(out):
                 if gradient is None or not gradient.abs().max() > 0:
@@ -101,7 +101,7 @@ def test_a_wrong_gradient_is_called_wrong(name, mutation):
                     wrong = gradient.clone(memory_format=torch.contiguous_format)
                     wrong.view(-1)[gradient.abs().argmax()] *= 1.01
                 given = (*out[:position], wrong, *out[position + 1 :])
-                verdict = check_safely(recorder.graph, call, op, step, recorder.kept.tensors, into, given)
+                verdict = check_safely(state.graph, call, op, step, state.kept.tensors, into, given)
                 assert verdict.verdict == "wrong", f"{op.label}: {verdict.verdict} {verdict.text}"
                 tried += 1
     assert tried
