@@ -215,7 +215,7 @@ class _Case:
         self.on_base = op.base is not None and wrong.value == op.base
         titles = dict(reversed([(v, n) for n, v in op.inputs]))
         if self.on_base:  # it changed a view: what has a gradient is the whole
-            titles = {op.base: "base", **{v: n for v, n in titles.items() if v != op.inputs[0][1]}}
+            titles = {wrong.value: "base", **{v: n for v, n in titles.items() if v != op.inputs[0][1]}}
         if any(v not in inputs for v in titles):
             raise CannotWrite("what it read was not kept")
         self.recorded = {v: inputs[v] for v in titles}
@@ -225,7 +225,8 @@ class _Case:
         self.device = ", ".join(sorted(devices))
         self.where = "the CPU" if place == "cpu" or not devices else self.device
         self.names = {v: re.sub(r"\W", "_", name).strip("_") or "value" for v, name in titles.items()}
-        self.code, self.indices = Code(place), {}
+        self.code = Code(place)
+        self.indices: dict[str, str] = {}
         for device in devices if place is None else ():
             if (module := registers(device)) is not None:
                 self.code.imports[f"import {module}"] = None
@@ -250,6 +251,8 @@ class _Case:
         return self.place or self.graph.value(value).device
 
     def _operation(self) -> str:
+        if self.op.call is None:
+            raise CannotWrite("how it was called was not kept")
         op, (called, args, kwargs) = self.op, self.op.call
         known = inspect.getclosurevars(called.forward).nonlocals if hasattr(called, "forward") else {}
         if "info" in known and called.__name__.startswith("GeneratedBackwardFor"):  # made by torch.library
@@ -264,10 +267,10 @@ class _Case:
             while names[value] in {"torch", *self.code.names, *keyword.kwlist, *others}:
                 names[value] += "_"
         if self.on_base:
-            whole, view = self.graph.value(op.base), self.graph.value(op.inputs[0][1])
+            whole, view = self.graph.value(self.wrong.value), self.graph.value(op.inputs[0][1])
             place = f"{view.shape}, {view.strides}, {view.offset - whole.offset}"
-            before = f"    view = {names[op.base]}.as_strided({place})\n"
-            names, after = names | {view.index: "view"}, f"\n    return {names[op.base]}"
+            before = f"    view = {names[whole.index]}.as_strided({place})\n"
+            names, after = names | {view.index: "view"}, f"\n    return {names[whole.index]}"
         given = [expression(a, names, self.code.bring, self.place) for a in args]
         given += [f"{k}={expression(a, names, self.code.bring, self.place)}" for k, a in kwargs.items()]
         for value, tensor in self.recorded.items():

@@ -83,7 +83,7 @@ class Code:
             self.need(name, space)
             return name
         found = [n for n in ast.walk(space.tree) if isinstance(n, _DEFINITION) and n.name == thing.__name__]
-        found = [n for n in found if _first(n) <= line <= n.end_lineno]
+        found = [n for n in found if _first(n) <= line <= (n.end_lineno or line)]
         if not found:
             raise CannotWrite(f"the source of {name} is not to be had")
         around = dict(space.names)  # defined inside a function: what it sees there stands for itself
@@ -118,8 +118,10 @@ class Code:
         if isinstance(node, ast.Import | ast.ImportFrom) and _installed(getattr(node, "module", None) or value):
             for alias in node.names:  # of those of a line, only what is needed
                 if _bound(alias) == name:
-                    part = ast.Import([alias]) if isinstance(node, ast.Import) else None
-                    self.imports[ast.unparse(part or ast.ImportFrom(node.module, [alias], node.level))] = None
+                    if isinstance(node, ast.Import):
+                        self.imports[ast.unparse(ast.Import([alias]))] = None
+                    else:
+                        self.imports[ast.unparse(ast.ImportFrom(node.module, [alias], node.level))] = None
         elif isinstance(value, types.ModuleType) and _installed(value):
             self.imports[f"import {value.__name__} as {name}"] = None
         elif isinstance(node, _DEFINITION):
@@ -143,7 +145,7 @@ class Code:
             self.need(name, space)
         self.items.append(text)
 
-    def bring_registered(self, qualified: str, functions: list[Callable]) -> None:
+    def bring_registered(self, qualified: str, functions: list[types.FunctionType]) -> None:
         """What registers an operation, as `mylib::cosine`: definitions and calls of its files that speak of it."""
         for space in {f.__code__.co_filename: self._space(f) for f in functions}.values():
             library = qualified.split("::")[0]
@@ -153,7 +155,7 @@ class Code:
                 inner = list(ast.walk(node))
                 named = {n.id for n in inner if isinstance(n, ast.Name)}
                 speaks = bool(named & about) or any(isinstance(n, ast.Constant) and n.value == qualified for n in inner)
-                if speaks and getattr(node, "decorator_list", None):
+                if speaks and isinstance(node, _DEFINITION) and node.decorator_list:
                     self.need(node.name, space)
                 elif speaks and isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                     self._emit(space.source(node), space)
@@ -269,8 +271,8 @@ def like(tensor: Tensor, place: str | None = None) -> str:
     shape, flat = tuple(tensor.shape), tensor.detach().cpu().reshape(-1)
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return f"torch.randint({int(flat.min())}, {int(flat.max()) + 1}, {shape}).to({tensor.dtype}){_to(place)}"
-    size = flat.abs().double()
-    size = size[size.isfinite()].square().mean().sqrt().item()
+    sizes = flat.abs().double()
+    size = sizes[sizes.isfinite()].square().mean().sqrt().item()
     kind = "randn" if tensor.is_complex() or bool((flat < 0).any()) else "rand"  # what is positive may have to be
     dtype = torch.complex128 if tensor.is_complex() else torch.float64
     return _laid_out(f"(torch.{kind}({shape}, dtype={dtype}) * {size:.3g}).to({tensor.dtype})", tensor, place)
@@ -289,9 +291,10 @@ def assembled(tensor: Tensor, held: str, index: Callable[[Tensor], str]) -> str:
         outer = tensor.crow_indices() if rows else tensor.ccol_indices()
         inner = tensor.col_indices() if rows else tensor.row_indices()
         return f"{tensor.layout}_tensor({index(outer)}, {index(inner)}, {held}, {shape})"
-    lengths = "" if tensor.lengths() is None else f", {index(tensor.lengths())}"
-    ragged = "" if tensor._ragged_idx == 1 else f", jagged_dim={tensor._ragged_idx}"
-    return f"torch.nested.nested_tensor_from_jagged({held}, {index(tensor.offsets())}{lengths}{ragged})"
+    jagged: Any = tensor  # torch declares none of its methods
+    lengths = "" if jagged.lengths() is None else f", {index(jagged.lengths())}"
+    ragged = "" if jagged._ragged_idx == 1 else f", jagged_dim={jagged._ragged_idx}"
+    return f"torch.nested.nested_tensor_from_jagged({held}, {index(jagged.offsets())}{lengths}{ragged})"
 
 
 def _check_layout(tensor: Tensor) -> None:

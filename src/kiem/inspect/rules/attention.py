@@ -59,19 +59,28 @@ def attention(c: Call, g: Tensor):
 SYMBOLS = {"query": "Q", "key": "K", "value": "V", "0": "Y"}
 SCORES = "P · (G Vᵀ − Σ G · Y)"
 DERIVATIVES = {"query": f"s · X̄ K, X̄ = {SCORES}", "key": f"s · X̄ᵀ Q, X̄ = {SCORES}", "value": "Pᵀ G"}
+
+
+def attends(*names: str, scores: str, symbols: dict[str, str], derivatives: dict[str, str]) -> None:
+    """A row for fused attention of these scores."""
+    rule(
+        *names,
+        forward=f"Y = P V, P = softmax({scores})",
+        symbols=SYMBOLS | symbols,
+        kink="",
+        pointwise=False,
+        every=False,
+        holomorphic=True,
+        **DERIVATIVES,
+        **derivatives,
+    )(attention)
+
+
 for mask, names in (
     ("attn_mask", ["_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math",
                    "scaled_dot_product_attention"]),
     ("attn_bias", ["_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
                    "_scaled_dot_product_fused_attention_overrideable"]),
 ):  # fmt: skip
-    rule(
-        *names,
-        forward="Y = P V, P = softmax(s · Q Kᵀ + M)",
-        symbols=SYMBOLS | {mask: "M"},
-        **DERIVATIVES,
-        **{mask: SCORES},
-    )(attention)
-rule("_scaled_dot_product_flash_attention", forward="Y = P V, P = softmax(s · Q Kᵀ)", symbols=SYMBOLS, **DERIVATIVES)(
-    attention
-)
+    attends(*names, scores="s · Q Kᵀ + M", symbols={mask: "M"}, derivatives={mask: SCORES})
+attends("_scaled_dot_product_flash_attention", scores="s · Q Kᵀ", symbols={}, derivatives={})

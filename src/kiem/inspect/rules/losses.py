@@ -10,7 +10,7 @@ from kiem.inspect.rules.table import Call, rule
 XY = {"self": "x", "0": "y"}
 
 
-def each(c: Call, g: Tensor, n: int) -> Tensor:
+def each(c: Call, g: Tensor, n: int | Tensor) -> Tensor:
     """The gradient of one element's loss: g, or g / n where the loss is the mean (reduction 1)."""
     return g / n if c.get("reduction", 1) == 1 else g
 

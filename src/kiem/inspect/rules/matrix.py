@@ -171,14 +171,13 @@ def convolution(c: Call, g: Tensor):
     kernel = w.reshape(groups, w.shape[0] // groups, *w.shape[1:])
     kernel_grad, sum_over = torch.zeros_like(kernel), torch.zeros_like(small if c["transposed"] else large)
     for k in itertools.product(*(range(size) for size in w.shape[2:])):
-        where = (
-            ...,
-            *(
-                slice(d * i, d * i + s * (out - 1) + 1, s)
-                for d, i, s, out in zip(dilation, k, stride, small.shape[3:], strict=True)
-            ),
-        )
-        part, at = large[where], (slice(None), slice(None), slice(None), *k)
+        windows = [
+            slice(d * i, d * i + s * (out - 1) + 1, s)
+            for d, i, s, out in zip(dilation, k, stride, small.shape[3:], strict=True)
+        ]
+        where: tuple = (..., *windows)
+        at: tuple = (slice(None), slice(None), slice(None), *k)
+        part = large[where]
         kernel_grad[at] = torch.einsum("ngo...,ngc...->goc", small, part)
         if c["transposed"]:
             sum_over += torch.einsum("goc,ngc...->ngo...", kernel[at], part)

@@ -226,14 +226,23 @@ moved(
     derivative="g in the old order",
     move=lambda c, x: torch.channel_shuffle(x, c["groups"]),
 )
-for mode in ("reflection", "replication"):
+
+
+def padded(mode: str) -> Callable[[Call, Tensor], Tensor]:
+    """How the elements of x stand after a padding of this mode."""
+
+    def move(c: Call, x: Tensor) -> Tensor:
+        return F.pad(x[None] if x.ndim < len(c["padding"]) // 2 + 2 else x, c["padding"], mode)
+
+    return move
+
+
+for kind, mode in (("reflection", "reflect"), ("replication", "replicate")):
     moved(
-        *(f"{mode}_pad{n}d" for n in (1, 2, 3)),
-        forward=f"y = x with its border padded by {mode}",
+        *(f"{kind}_pad{n}d" for n in (1, 2, 3)),
+        forward=f"y = x with its border padded by {kind}",
         derivative="Σ g over the copies",
-        move=lambda c, x, mode={"reflection": "reflect", "replication": "replicate"}[mode]: F.pad(
-            x[None] if x.ndim < len(c["padding"]) // 2 + 2 else x, c["padding"], mode
-        ),
+        move=padded(mode),
     )
 
 

@@ -221,7 +221,7 @@ def substituted(rule: Rule, call: Call, argument: str, g: Tensor | float | None 
     if g is None:
         text = re.sub(r"\bg · ", "", text)
     numbers: dict[str, float] = {}
-    letters = {letter: name for name, letter in rule.symbols.items()} | {"g": None}
+    letters = {letter: name for name, letter in rule.symbols.items()} | {"g": ""}
     for word in set(_WORD.findall(text)):
         if word in letters:
             value = (1.0 if g is None else g) if word == "g" else _argument(call, letters[word])

@@ -35,7 +35,7 @@ from kiem.inspect.verify.judge import (
     judge,
     repeats,
     rounded_few_times,
-)
+)  # fmt: skip
 from kiem.inspect.verify.numeric import Derivative, derivative, noisy_derivative
 from kiem.inspect.verify.precision import roundings_of_positions
 from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, leading_to, widen, with_tensors

@@ -70,6 +70,7 @@ def with_tensors(value: Any, tensors: Tensors, wide: bool) -> Any:
 def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tuple[torch.Tensor | None, ...]:
     """One operation on float64 inputs, or if not `wide` in its own types. `recorded`: what the program's own tensors
     were."""
+    assert op.call is not None  # those without are not run again (leading_to)
     func, args, kwargs = op.call
     if op.random:
         return _random(op, tensors, recorded)
@@ -154,6 +155,7 @@ def _written(op: Op) -> list[int]:
     """Values, before the change, of the arguments that an in-place operation changed."""
     from kiem.inspect.graph.schema import signature
 
+    assert op.call is not None
     writes = signature(op.call[0]).writes
     return [v for name, v in op.inputs if name.split("[")[0] in writes]
 
@@ -184,8 +186,9 @@ def _slope(op: Op, tensors: Tensors, recorded: Tensors) -> torch.Tensor:
     """Of a randomized leaky ReLU, by element: in training it is what it wrote to its `noise`."""
     x = tensors[dict(op.inputs)["self"]]
     if not op.attributes.get("training", False):
-        middle = (op.attributes["lower"] + op.attributes["upper"]) / 2
-        return torch.where(x > 0, 1.0, middle).to(x.dtype)
+        return torch.where(
+            x > 0, 1.0, -torch.rrelu(-torch.ones_like(x), op.attributes["lower"], op.attributes["upper"])
+        )
     drawn = [recorded[v] for v in op.mutates if v in recorded]
     if not drawn:
         raise CannotReplay("its slopes were not kept")
@@ -211,7 +214,7 @@ def leading_to(graph: Graph, ops: Iterable[Op], values: Iterable[int]) -> list[O
         if op.error or op.call is None or not (made & storages or op.index in families or op.parent in families):
             continue
         if op.kind != "op" or op.parent is not None:
-            families.add(op.index if op.kind != "op" else op.parent)
+            families.add(op.index if op.kind != "op" or op.parent is None else op.parent)
         chosen.append(op)
         storages |= {graph.value(v).storage for _, v in op.inputs}
     return list(_without_idle_views(graph, chosen, values))[::-1]
@@ -220,7 +223,7 @@ def leading_to(graph: Graph, ops: Iterable[Op], values: Iterable[int]) -> list[O
 def _without_idle_views(graph: Graph, backwards: list[Op], values: Iterable[int]) -> Iterator[Op]:
     """Of operations, the last first, leave out those that only show memory in a way that none of the others looks
     at."""
-    read = set(values)
+    read: set[int | None] = set(values)
     for op in backwards:
         views = all(graph.value(v).base is not None for v in op.outputs)
         if op.kind == "op" and op.parent is None and not op.mutates and views and read.isdisjoint(op.outputs):
@@ -262,8 +265,11 @@ class Replay:
     @functools.cached_property
     def _viewed(self) -> dict[int, int]:
         """Of each storage the first operation that made a view of it."""
-        views = (v for v in self.graph.values if v.base is not None and v.output >= 0 and v.producer is not None)
-        return {v.storage: v.producer for v in reversed(list(views))}
+        found: dict[int, int] = {}
+        for v in self.graph.values:
+            if v.base is not None and v.output >= 0 and v.producer is not None:
+                found.setdefault(v.storage, v.producer)
+        return found
 
     def run(self, given: Tensors, noise: Noise | None = None) -> Tensors:
         """All values, from those `given`; others come from the recording. `noise` is laid on each result."""
@@ -280,7 +286,7 @@ class Replay:
             if op.label == "detach" and self.cut and op.parent is None and op.region != "backward":
                 if op.outputs[0] not in self._frozen:
                     self._frozen[op.outputs[0]] = tensors[op.inputs[0][1]].detach().clone()
-                outputs = (self._frozen[op.outputs[0]],)
+                outputs: tuple[torch.Tensor | None, ...] = (self._frozen[op.outputs[0]],)
             elif op.kind == "op":
                 seen = tensors if noise is None or op.mutates else _Apart(tensors, self._uses, noise)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and (op.grad_enabled or not op.mutates)):
@@ -325,7 +331,7 @@ class Replay:
             alike = [o.index for o in earlier if o.storage == value.storage and _seen_at(o) == _seen_at(value)]
             if alike:
                 return tensors[max(alike)]
-        elif value.producer in self._indices and value.output < 0 and value.base is not None:
+        elif producer is not None and producer.index in self._indices and value.output < 0 and value.base is not None:
             writer = next((v for v in producer.mutates if self._alone(v, producer.index)), None)
             if writer in tensors and tensors[writer].shape == value.shape:
                 return tensors[writer]
