@@ -185,7 +185,8 @@ def convolution(c: Call, g: Tensor):
             sum_over[where] += torch.einsum("goc,ngo...->ngc...", kernel[at], small)
     sum_over = sum_over.flatten(1, 2)
     if not c["transposed"]:
-        sum_over = sum_over[(..., *(slice(p, p + n) for p, n in zip(padding, x.shape[2:], strict=True)))]
+        inside: tuple = (..., *(slice(p, p + n) for p, n in zip(padding, x.shape[2:], strict=True)))
+        sum_over = sum_over[inside]
     return found | {"input": sum_over, "weight": kernel_grad.reshape(w.shape)}
 
 

@@ -9,6 +9,7 @@ How far (a) may be from (c) is said in judge.py."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass, field
@@ -364,7 +365,9 @@ class _Check:
                 outputs = [self._shake(y) for y in outputs]
             if noise and len(inputs) < len(arguments):  # one tensor is two arguments, each rounded by itself: x / x
                 arguments = {n: self._shake(x) for n, x in arguments.items()}
-            by_name = self.rule.vjp(self._call(arguments, outputs, noise), tuple(cotangents))
+            call = rules.Call(arguments, self.op.attributes, tuple(outputs))
+            call = dataclasses.replace(call, rounded=self._shake) if noise else call
+            by_name = self.rule.vjp(call, tuple(cotangents))
         found: dict[int, Tensor] = {}
         for name, value in self.op.inputs:
             if value in self.got and by_name.get(name) is not None:
@@ -373,10 +376,6 @@ class _Check:
                     grad, found[value] = self._shake(grad), self._shake(found[value])
                 found[value] = found[value] + grad if value in found else grad
         return {v: found.get(v, torch.zeros_like(self.inputs[v])) for v in self.got}
-
-    def _call(self, arguments: dict[str, Tensor], outputs: list[Tensor], noise: bool) -> rules.Call:
-        rounded = {"rounded": self._shake} if noise else {}
-        return rules.Call(arguments, self.op.attributes, tuple(outputs), **rounded)
 
     def _shake(self, tensor: Tensor) -> Tensor:
         if not differentiable(tensor):
@@ -493,9 +492,6 @@ class _Check:
 
     def _near(self, _sample: int) -> Tensors:
         """The references a few roundings off."""
-        unit = self._unit()
-        inputs = {
-            v: rounded_few_times(x, unit, self.random) if v in self.got and differentiable(x) else x
-            for v, x in self.inputs.items()
-        }
-        return self.references(False, inputs)
+        moved = {v for v, x in self.inputs.items() if v in self.got and differentiable(x)}
+        near = {v: rounded_few_times(self.inputs[v], self._unit(), self.random) for v in moved}
+        return self.references(False, self.inputs | near)
