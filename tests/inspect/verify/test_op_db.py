@@ -129,11 +129,13 @@ def judged(op, sample, where, counts):
     for verdict in result.verdicts:
         if verdict.verdict == "unchecked" and not any(reason in verdict.text for reason in BY_NATURE):
             yield f"{where}: {trace.graph.op(verdict.op).label} unchecked: {verdict.text}"
-    if result.wrong or result.wrong_parameters:
+    # A gradient that is NaN or infinite is so, whatever it should be.
+    wrong = [v for v in result.wrong if v.verdict == "wrong"]
+    if wrong or any(v.verdict == "wrong" for v in result.wrong_parameters):
         if really_wrong(op, sample):
             counts["wrong by gradcheck too"] += 1
         else:
-            labels = {trace.graph.op(v.op).label for v in result.wrong} or {"a leaf, end to end"}
+            labels = {trace.graph.op(v.op).label for v in wrong} or {"a leaf, end to end"}
             yield f"{where}: false alarm at {', '.join(sorted(labels))}"
 
 
