@@ -80,7 +80,7 @@ WEIGHTS: dict[str, tuple[Weight, ...]] = {
     "qwen3": _ROPE_WEIGHTS + _QK_NORM_WEIGHTS,
 }
 # Endings of tensor names that hold no weight: the causal mask, kept as a buffer in old files, and rotary frequencies.
-NO_WEIGHT = {"gpt2": (".attn.bias", ".attn.masked_bias")}
+NO_WEIGHT: dict[str, tuple[str, ...]] = {"gpt2": (".attn.bias", ".attn.masked_bias")}
 NO_WEIGHT |= {name: (".rotary_emb.inv_freq",) for name in WEIGHTS if name not in NO_WEIGHT}
 
 
