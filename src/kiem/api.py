@@ -129,7 +129,8 @@ def prepare(
 ) -> "Dataset":
     """Turn text into tokens on disk, or find that this was done before. Returns the dataset."""
     options = _options(data=data, tokenizer=tokenizer)
-    return _prepare(read_config(config, overrides, options), quiet)
+    with _counting(quiet) as progress:
+        return runs.prepared(read_config(config, overrides, options), progress)
 
 
 def evaluate(
@@ -140,7 +141,6 @@ def evaluate(
     The tokenizer and how text is read and packed are the run's own. Where the text has changed since it was trained, a
     warning says what is scored.
     """
-    from kiem.data.prepare import prepare as make
     from kiem.training.evaluate import evaluate as measure
     from kiem.training.objective import NextToken
 
@@ -151,9 +151,8 @@ def evaluate(
             dataset = found.dataset(progress, changed_text=True)
         else:
             chosen = read_config(None, options=_options(data=data)).data.sources
-            own = {"sources": [], "validation": chosen, "tokenizer": str(found.folder / "tokenizer")}
-            text = config.data.model_copy(update=own)
-            dataset = make(text, found.tokenizer.vocab_size, runtime.cache_dir(), progress)
+            text = found.with_own_tokenizer(config, sources=[], validation=chosen)
+            dataset = runs.prepared(text, progress)
     model.model.compute_dtype = runtime.select_precision(config.train.precision, runtime.select_device(device))
     objective = NextToken(documents_apart=not config.data.cross_document_attention)
     return measure(model.model, dataset, config.train.micro_batch_tokens, objective=objective)
@@ -272,16 +271,20 @@ def _fork(
     if folders.holds(new, config):
         return _resume(new, {}, (), quiet, show)
     with _counting(quiet) as progress:
-        dataset = run.dataset(progress) if same_text else _prepare(folders.with_tokenizer_of(config, run), quiet)
+        dataset = run.dataset(progress) if same_text else _prepare(run.with_own_tokenizer(config), quiet)
     return _train(config, new, dataset, quiet, show, weights=run)
 
 
 def _prepare(config: RunConfig, quiet: bool) -> "Dataset":
-    """The tokens of the configured text; what was held out and left out is said."""
-    from kiem.data.prepare import prepare as make
+    """The tokens of the configured text; what was held out of it and left out of it is said."""
+    from kiem.report.facts import data_lines
+    from kiem.training.progress import StatusLine
 
     with _counting(quiet) as progress:
-        return make(config.data, tokenizer_vocab_size(config), runtime.cache_dir(), progress)
+        dataset = runs.prepared(config, progress)
+    for text in data_lines(dataset.report):
+        StatusLine(not quiet).line(text)
+    return dataset
 
 
 def _tell(dataset: "Dataset", quiet: bool) -> None:

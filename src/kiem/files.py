@@ -11,8 +11,9 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from kiem.errors import BusyError, StorageError
 from kiem.format import bytes_text
@@ -197,7 +198,7 @@ def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
     return from_json(data)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading. Raises OSError for a pipe or a device too, which would be waited for."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:

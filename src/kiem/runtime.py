@@ -5,6 +5,7 @@ The only reader of the environment. Nothing here runs on import.
 
 import ctypes
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -76,6 +77,8 @@ def select_device(name: str) -> "torch.device":
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
+        raise ConfigError(f"device: {name!r:.60} is not known: use auto, cpu, cuda or cuda:N")
     if name.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(name.partition(":")[2] or 0)

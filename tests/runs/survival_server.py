@@ -49,7 +49,9 @@ def child(job):
     fault = Fault(**job["fault"])
     code = 0
     try:
-        if job["run"] is None:
+        if job["command"]:
+            code = run_command(job, fault)
+        elif job["run"] is None:
             make_data(Path(job["data"]), job["steps"])
         else:
             run_training(Path(job["data"]), job["steps"], Path(job["run"]), fault)
@@ -62,6 +64,15 @@ def child(job):
     fault.active = False
     Path(job["log"] + ".count").write_text(str(fault.count))
     return code
+
+
+def run_command(job, fault):
+    """`kiem` with the arguments of the job, as a user types them; its exit code."""
+    from kiem.cli.main import main
+
+    os.environ["KIEM_CACHE"] = job["data"]
+    fault.install()
+    return main(job["command"])
 
 
 def configuration(folder, steps):

@@ -5,6 +5,7 @@ how kills inside a save are certain.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -41,11 +42,18 @@ class Server:
             assert self.train(None) == 0, self.output()
             (folder / "where").write_text(self.output().strip())
 
-    def start(self, run, **fault):
-        """Begin a run; its process id. With run None, prepare the data instead."""
+    def start(self, run, command=None, **fault):
+        """Begin a run, or a command of the command line; its process id. With neither, prepare the data instead."""
         self.jobs += 1
         self.log = self.folder / f"job{self.jobs}.log"
-        job = {"data": str(self.data), "steps": STEPS, "run": run and str(run), "log": str(self.log), "fault": fault}
+        job = {
+            "data": str(self.data),
+            "steps": STEPS,
+            "run": run and str(run),
+            "log": str(self.log),
+            "fault": fault,
+            "command": command,
+        }
         self.process.stdin.write((json.dumps(job) + "\n").encode())
         self.pid = self.answer()
         return self.pid
@@ -63,6 +71,10 @@ class Server:
     def train(self, run, **fault):
         self.start(run, **fault)
         return self.wait()
+
+    def kiem_train(self, run, **fault):
+        """`kiem train CONFIG --out RUN`, always the same command."""
+        return self.train(None, command=["train", str(self.folder / "config.yaml"), "--out", str(run), "-q"], **fault)
 
     def output(self):
         return self.log.read_text()
@@ -91,6 +103,69 @@ def undisturbed(server, tmp_path_factory):
     start = time.perf_counter()
     assert server.train(run) == 0, server.output()
     return outcome(run), server.count(), time.perf_counter() - start
+
+
+@pytest.fixture(scope="module")
+def by_command(server, tmp_path_factory):
+    """(what the undisturbed run by the command line ends as, its operations on the disk)."""
+    from kiem.config.read import write_config
+
+    spec = importlib.util.spec_from_file_location("survival_server", PROGRAM)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    write_config(program.configuration(server.data, STEPS), server.folder / "config.yaml")
+    run = tmp_path_factory.mktemp("by_command") / "run"
+    assert server.kiem_train(run) == 0, server.output()
+    return outcome(run), server.count()
+
+
+def first_operations(slow):
+    """Operations of a new run before its first step: a kill at one is a kill in its first second."""
+    return range(1, 25) if slow else (1, 2, 3, 5, 8, 12, 17)
+
+
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_killed_in_its_first_second_the_same_command_trains_it(server, by_command, tmp_path, slow):
+    expected, _ = by_command
+    for n in first_operations(slow):
+        run = tmp_path / f"run{n}"
+        assert server.kiem_train(run, kind="signal", n=n) == -signal.SIGKILL
+        assert server.kiem_train(run) == 0, server.output()
+        assert outcome(run) == expected
+        assert not [path for path in run.rglob("*") if path.name.startswith(".tmp-")]
+
+
+@pytest.mark.slow
+def test_killed_after_a_random_time_of_its_first_second(server, by_command, tmp_path):
+    expected, _ = by_command
+    rng, kills = random.Random(2), 0
+    for number in range(40):
+        run = tmp_path / f"run{number}"
+        pid = server.start(None, command=["train", str(server.folder / "config.yaml"), "--out", str(run), "-q"])
+        time.sleep(rng.uniform(0, 1))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        if server.wait() == 0:
+            continue
+        kills += 1
+        assert server.kiem_train(run) == 0, server.output()
+        assert outcome(run) == expected
+        if kills == 10:
+            break
+    assert kills == 10
+
+
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_a_disk_that_is_full_from_the_start(server, by_command, tmp_path, slow):
+    """config.yaml, tokenizer/, plan.json, the first records: told with exit code 7, and nothing half made stays."""
+    expected, _ = by_command
+    for n in first_operations(slow):
+        run = tmp_path / f"run{n}"
+        assert server.kiem_train(run, kind="full", n=n) == 7, server.output()
+        assert "No space left on device" in server.output() and "Traceback" not in server.output()
+        assert not [path for path in run.rglob("*") if path.name.startswith(".tmp-")]
+        assert server.kiem_train(run) == 0, server.output()
+        assert outcome(run) == expected
 
 
 def outcome(run):

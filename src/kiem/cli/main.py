@@ -61,11 +61,13 @@ for _command in (plan, prepare, train, evaluate, generate, explain, verify):
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code. A KiemError is one message on standard error, never a traceback."""
     given = sys.argv[1:] if arguments is None else arguments
-    before = sys.stdout, sys.stderr, warnings.showwarning
+    before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = safe_streams()
-    warnings.showwarning = _warner(before[2])
     try:
-        code = _run(given, "--json" in given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", KiemWarning)
+            warnings.showwarning = _warner(warnings.showwarning)
+            code = _run(given, "--json" in given)
         sys.stdout.flush()
         return code
     except ReaderGone:
@@ -73,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OutputError as problem:
         return _failed(problem, as_json=False)
     finally:
-        sys.stdout, sys.stderr, warnings.showwarning = before
+        sys.stdout, sys.stderr = before
 
 
 def _run(given: list[str], as_json: bool) -> int:

@@ -16,6 +16,7 @@ import yaml
 
 from kiem.config.literals import MAX_DEPTH, Unread, Written, bound_depth, parse_literal, tokens
 from kiem.errors import ConfigError
+from kiem.files import open_regular
 
 MAX_BYTES = 2**18
 MAX_NODES = 20_000
@@ -121,7 +122,7 @@ def _read_text(path: Path) -> str:
             raise ConfigError(f"{path}: is a folder: give a configuration file")
         if not stat.S_ISREG(mode):
             raise ConfigError(f"{path}: is a pipe or device: give a configuration file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:  # a pipe would be waited for
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None

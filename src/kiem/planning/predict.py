@@ -357,6 +357,9 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     kinds = {name: getattr(needs, name) for name in names}
     kinds |= {"allocator": plan.allocator_bytes, "process": plan.process_bytes}
     yield "peak memory", bytes_text(plan.peak_memory_bytes), ", ".join(f"{k} {bytes_text(n)}" for k, n in kinds.items())
+    if plan.process_bytes:  # an accelerator's memory is in the notes
+        fits = plan.peak_memory_bytes <= plan.machine.memory_bytes
+        yield "fits in memory", "yes" if fits else "no", f"{bytes_text(plan.machine.memory_bytes)} on this machine"
     if plan.speed is not None:
         yield (
             "time of one step",

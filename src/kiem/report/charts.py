@@ -3,6 +3,7 @@
 import math
 from array import array
 from bisect import bisect_left
+from collections.abc import Sequence
 
 from kiem.report.read import Run, as_number, thin
 from kiem.report.svg import Chart, Line
@@ -41,8 +42,8 @@ def charts_of(run: Run) -> list[tuple[Chart, str]]:
         _chart("speed", "Speed", "tokens/s", _raw_and_smoothed(run, "tokens_per_second"), from_zero=True),
         _chart(
             "share",
-            "Matrix-product rate",
-            "% of the machine's own, measured",
+            "Utilization",
+            "% of this machine's peak matmul throughput",
             _raw_and_smoothed(run, "matmul_share", 100.0),
             from_zero=True,
         ),
@@ -73,7 +74,10 @@ def _line(run: Run, name: str, look: str, ys: array, extremes: bool = True) -> L
     kept = thin(run.steps["step"], BUCKETS, [ys], extremes)
     if not kept:
         return None
-    xs = {"tokens": [run.steps["tokens"][i] for i in kept], "time": [run.seconds[i] for i in kept]}
+    xs: dict[str, Sequence[float]] = {
+        "tokens": [run.steps["tokens"][i] for i in kept],
+        "time": [run.seconds[i] for i in kept],
+    }
     return Line(name, look, [int(run.steps["step"][i]) for i in kept], xs, [ys[i] for i in kept])
 
 

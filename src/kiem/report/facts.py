@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from kiem.format import bytes_text, count_text, integer_text, number_text, percent_text, seconds_text
+from kiem.format import bytes_text, count_text, integer_text, number_text, percent_text, plural, seconds_text
 
 
 def headline(report: dict[str, Any]) -> str:
@@ -25,7 +25,7 @@ def facts(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "xz -9, same text", f"{number_text(compression['xz_9_bits_per_byte'])} bits per byte"
     yield "training loss, smoothed", f"{number_text(report['train_loss'])} nats per token"
     yield "speed", f"{integer_text(report['tokens_per_second'])} tokens/s"
-    yield "share of the matrix-product rate", percent_text(report["matmul_share"])
+    yield "utilization (share of peak matmul throughput)", percent_text(report["matmul_share"])
     yield "time of one step (median)", seconds_text(report["step_seconds"])
     yield "peak memory", bytes_text(report["peak_memory_bytes"])
     yield "evaluations and saves", f"{seconds_text(report['eval_seconds'])} and {seconds_text(report['save_seconds'])}"
@@ -41,3 +41,14 @@ def plan_rows(planned: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, st
     for key, (name, write) in writers.items():
         of = planned[key]
         yield name, write(of["planned"]), write(of["measured"]), number_text(of["ratio"], 2)
+
+
+def data_lines(data: dict[str, Any]) -> Iterator[str]:
+    """What a user should know of prepared text: how much it is, what is held out, and what was left out."""
+    training, held_out = data["training"], data["validation"]
+    yield (
+        f"text: {plural(data['documents'], 'document')}, {bytes_text(data['bytes'])}; "
+        f"{count_text(training['tokens'])} tokens to train on, {count_text(held_out['tokens'])} held out "
+        f"({held_out['rule']})"
+    )
+    yield from data["notes"]

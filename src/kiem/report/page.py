@@ -100,7 +100,7 @@ def _tiles(report: dict[str, Any]) -> str:
         ("bits per byte", number_text(report["bits_per_byte"], 3), "held-out text"),
         ("held-out loss", number_text(report["loss"], 3), "nats per token"),
         ("speed", integer_text(report["tokens_per_second"]), "tokens/s"),
-        ("matrix products", percent_text(report["matmul_share"]), "of measured rate"),
+        ("utilization", percent_text(report["matmul_share"]), "of peak matmul throughput"),
         ("training time", seconds_text(report["seconds"]), f"{count_text(report['tokens'])} tokens"),
         ("peak memory", bytes_text(report["peak_memory_bytes"]), "of the process"),
     ]
@@ -122,7 +122,7 @@ def _curves(charts: list) -> str:
             for value in values
         )
         + "</fieldset>"
-        for legend, group, values in (("along", "x", ("tokens", "time")), ("scale", "scale", ("linear", "log")))
+        for legend, group, values in (("x-axis", "x", ("tokens", "time")), ("scale", "scale", ("linear", "log")))
     )
     drawn = "\n".join(render_chart(chart, said) for chart, said in charts)
     return (
@@ -283,5 +283,11 @@ def _details(report: dict[str, Any]) -> str:
     pre = f'<pre tabindex="0">{_text(config)}</pre>'
     shown = f"<details><summary>config.yaml</summary>{pre}</details>" if config else ""
     written = f'<p class="quiet">Written {_text(report["written_at"])} by Kiem {_text(report["kiem_version"])}.</p>'
+    changes = "".join(
+        f"<li>{_text(change['key'])} was {_text(change['before'])} up to step {integer_text(change['step'])}, then "
+        f"{_text(change['now'])} ({_text(change['time'])})</li>"
+        for change in report["changes"]
+    )
+    shown += f"<p>Changed when the run was resumed:</p><ul>{changes}</ul>" if changes else ""
     configuration = _section("Configuration", shown or "<p>config.yaml is missing.</p>")
     return configuration + _section("Environment", environment, written)

@@ -11,6 +11,7 @@ from kiem.config.formats import read_mapping
 from kiem.errors import CheckpointError, ConfigError
 from kiem.format import is_number, number_text
 from kiem.runs.metrics import Smoothed, iter_records
+from kiem.runs.run import Run as RunFolder
 
 COLUMNS = (
     "step",
@@ -43,6 +44,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    newest_checkpoint: int = 0  # its step
 
     @property
     def curve_evals(self) -> list[dict[str, Any]]:
@@ -68,6 +70,11 @@ def read_run(folder: str | Path) -> Run:
         _take_sample(run, record)
     run.config = _mapping(folder / "config.yaml", run.problems)
     run.plan = _mapping(folder / "plan.json", run.problems)
+    run.newest_checkpoint, logged = RunFolder(folder).newest_step, int(run.steps["step"][-1]) if len(run) else 0
+    if logged < run.newest_checkpoint:
+        run.problems.append(
+            f"metrics.jsonl has no record of steps {logged + 1} to {run.newest_checkpoint}: they are lost"
+        )
     _finish_curves(run)
     return run
 

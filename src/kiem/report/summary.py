@@ -21,6 +21,7 @@ from kiem.report.page import render_page
 from kiem.report.read import Run, as_number, read_run, thin
 from kiem.report.schema import SCHEMA_VERSION
 from kiem.report.terminal import render_terminal
+from kiem.runs.run import Run as RunFolder
 
 if TYPE_CHECKING:
     from kiem.data.shards import Dataset
@@ -78,7 +79,14 @@ def _build(run: Run, dataset: "Dataset | None") -> dict[str, Any]:
     report["samples"] = _spread_samples(run.samples)
     report["environment"] = _environment(run, earlier if dataset is None else {})
     report["config"] = run.config
-    report["problems"] = _shortened(run.problems)
+    report["changes"] = [
+        {"step": mark.get("step"), "time": mark.get("time"), "key": key, "before": values[0], "now": values[1]}
+        for mark in run.marks
+        if isinstance(mark.get("changed"), dict)
+        for key, values in mark["changed"].items()
+        if isinstance(values, list) and len(values) == 2
+    ]
+    report["problems"] = _shortened([*_worse_than_before(run), *run.problems])
     return _json_values(report)
 
 
@@ -106,7 +114,7 @@ def _amounts(run: Run) -> dict[str, Any]:
     tokens, batch = as_number(train.get("tokens")), as_number(train.get("batch_tokens"))
     return {
         "parameters": _parameters(run.config),
-        "step": int(run.steps["step"][-1]) if len(run) else 0,
+        "step": max(int(run.steps["step"][-1]) if len(run) else 0, run.newest_checkpoint),
         "steps_planned": math.ceil(tokens / batch) if tokens > 0 and batch > 0 else None,
         "tokens": int(run.steps["tokens"][-1]) if len(run) else 0,
         "tokens_planned": _number(train, "tokens"),
@@ -194,6 +202,7 @@ def held_out_text(dataset: "Dataset", most_bytes: int = MOST_COMPRESSED_BYTES) -
     The last of these is cut, so that a longer split gives exactly `most_bytes`.
     """
     split, tokenizer = dataset.validation, dataset.tokenizer
+    assert split is not None
     texts, size, document = [], 0, []
     for start in range(0, split.n_tokens, TOKENS_AT_ONCE):
         for token in map(int, split.tokens(start, min(start + TOKENS_AT_ONCE, split.n_tokens))):
@@ -208,6 +217,16 @@ def held_out_text(dataset: "Dataset", most_bytes: int = MOST_COMPRESSED_BYTES) -
             if size >= most_bytes:
                 return b"".join(texts)[:most_bytes]
     return b"".join([*texts, tokenizer.decode(document).encode("utf-8", "replace")])[:most_bytes]
+
+
+def _worse_than_before(run: Run) -> list[str]:
+    """A run that ended above where it began learned nothing, whatever its status."""
+    if len(run) < 2 or not run.smoothed[-1] > run.steps["loss"][0]:
+        return []
+    return [
+        f"the training loss ended at {run.smoothed[-1]:.4f}, above {run.steps['loss'][0]:.4f} of the first step: the "
+        "run diverged. Try a lower learning rate (train.lr, train.matrix_lr)"
+    ]
 
 
 def _curve(run: Run) -> dict[str, list[float]]:
@@ -247,12 +266,8 @@ def _version(package: str) -> str | None:
 
 
 def _earlier_report(folder: Path) -> dict[str, Any]:
-    try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    known = isinstance(report, dict) and report.get("schema_version") == SCHEMA_VERSION
-    return report if known else {}
+    report = RunFolder(folder).report
+    return report if report.get("schema_version") == SCHEMA_VERSION else {}
 
 
 def _shortened(problems: list[str], most: int = 20) -> list[str]:

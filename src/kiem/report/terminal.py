@@ -60,7 +60,7 @@ class TerminalReport:
             yield Text(line, no_wrap=True, overflow="crop")
         marks = ", o held-out loss" if held_out else ""
         window = self.report["smoothing_steps"]
-        caption = f"nats per token: training loss, smoothed over about {window} steps{marks}; along: tokens\n"
+        caption = f"nats per token: training loss, smoothed over about {window} steps{marks}; x-axis: tokens\n"
         yield Text(caption, style="dim")
 
     def _sample(self, options: ConsoleOptions) -> RenderResult:

@@ -331,8 +331,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"the checkpoint {path} has format version {manifest.get('version')!r:.40}; this Kiem reads version "
             f"{VERSION}. Use the Kiem that wrote it."
         )
-    if problem := _not_a_manifest(manifest):
-        raise _damaged(path, [f"{MANIFEST}: {problem}"])
+    if odd := _not_a_manifest(manifest):
+        raise _damaged(path, [f"{MANIFEST}: {odd}"])
     named = _NAME.fullmatch(path.name)
     if named and int(named[1]) != manifest["step"]:
         raise _damaged(path, [f"the folder is named {path.name} but holds step {manifest['step']}"])

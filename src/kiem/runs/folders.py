@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,13 +79,10 @@ def _check_place(folder: Path) -> None:
     place = next((place for place in [folder, *folder.absolute().parents] if os.path.exists(place)), None)
     if place is None or not os.path.isdir(place):
         raise ConfigError(f"{folder}: {place} is not a folder: choose another place with --out")
-    try:
-        if any(len(os.fsencode(part)) > 255 for part in folder.parts):
-            raise OSError(36, "File name too long")
-        tempfile.TemporaryDirectory(prefix=".kiem-", dir=place).cleanup()
-    except OSError as error:
-        reason = f"{place} cannot be written ({error.strerror})"
-        raise StorageError(f"{folder}: {reason}: choose another place with --out") from None
+    if any(len(os.fsencode(part)) > 255 for part in folder.parts):
+        raise StorageError(f"{folder}: the name is too long for a file system: choose another with --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise StorageError(f"{folder}: {place} cannot be written: choose another place with --out")
 
 
 def forked(run: Run, new: Run, overrides: Sequence[str], options: Mapping[str, Any]) -> tuple[RunConfig, bool]:
@@ -109,12 +105,6 @@ def forked(run: Run, new: Run, overrides: Sequence[str], options: Mapping[str, A
     base["data"]["tokenizer"] = os.path.abspath(new.folder / "tokenizer")
     base["data"].pop("tokenizer_vocab_size", None)
     return with_whole_paths(read_config(base, overrides, options)), same_text
-
-
-def with_tokenizer_of(config: RunConfig, run: Run) -> RunConfig:
-    """The same with a run's own tokenizer."""
-    data = config.data.model_copy(update={"tokenizer": os.path.abspath(run.folder / "tokenizer")})
-    return config.model_copy(update={"data": data})
 
 
 def with_whole_paths(config: RunConfig) -> RunConfig:

@@ -148,20 +148,17 @@ class Run:
         If they are gone and the text has changed: DataError, or with `changed_text` the tokens that its own tokenizer
         makes of the text as it is now, with a warning.
         """
-        from kiem.data.prepare import prepare
-
-        config, cache = self.config, runtime.cache_dir()
-        if (kept := self._kept_dataset(cache)) is not None:
+        config = self.config
+        if (kept := self._kept_dataset(runtime.cache_dir())) is not None:
             return kept
-        found = prepare(config.data, tokenizer_vocab_size(config), cache, progress)
+        found = prepared(config, progress)
         fingerprint = self.state.get("data")
         if fingerprint in (None, found.fingerprint):
             return found
         if not changed_text:
             raise self.changed(found)
-        data = config.data.model_copy(update={"tokenizer": str(self.folder / "tokenizer")})
         if found.tokenizer.digest != self.tokenizer.digest:
-            found = prepare(data, self.tokenizer.vocab_size, cache, progress)
+            found = prepared(self.with_own_tokenizer(config), progress)
         warnings.warn(
             f"the text of {self.folder} has changed since it was trained: this is the held-out part of the text as it "
             "is now, and the run may have been trained on some of it",
@@ -169,6 +166,11 @@ class Run:
             stacklevel=3,
         )
         return found
+
+    def with_own_tokenizer(self, config: RunConfig, **data: Any) -> RunConfig:
+        """The configuration with the tokenizer of this run, and other values of `data`."""
+        text = config.data.model_copy(update=data | {"tokenizer": os.path.abspath(self.folder / "tokenizer")})
+        return config.model_copy(update={"data": text})
 
     def changed(self, now: "Dataset") -> DataError:
         """The refusal of tokens that are not those of the run."""
@@ -191,6 +193,12 @@ class Run:
         except (DataError, ValueError, OSError):
             return None
         return found if found.fingerprint == self.state.get("data") else None
+
+    @property
+    def newest_step(self) -> int:
+        """The step in the name of its newest checkpoint, 0 if it has none."""
+        names = [path.name.removeprefix("step-") for path in (self.folder / "checkpoints").glob("step-*")]
+        return max((int(name) for name in names if name.isascii() and name.isdigit() and len(name) < 19), default=0)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -229,6 +237,13 @@ class Run:
             raise storage_error(problem, str(self.folder / "tokenizer"), self.folder) from problem
         if plan is not None:
             write_atomically(self.folder / "plan.json", to_json(plan, indent=1))
+
+
+def prepared(config: RunConfig, progress: PrepareProgress | None = None) -> "Dataset":
+    """The tokens of a configuration's text: from the cache, or made now."""
+    from kiem.data.prepare import prepare
+
+    return prepare(config.data, tokenizer_vocab_size(config), runtime.cache_dir(), progress)
 
 
 def saved_config(saved: Any, where: Path) -> RunConfig:

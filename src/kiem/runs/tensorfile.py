@@ -60,12 +60,12 @@ def write_tensors(path: Path, named: Mapping[str, Tensor]) -> dict[str, Any]:
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with open(path, "xb") as file, ThreadPoolExecutor(1) as pool:
-        for block in (struct.pack("<Q", len(text)) + text, *(kept[name] for name in order)):
+        blocks: list[bytes | Tensor] = [struct.pack("<Q", len(text)) + text, *(kept[name] for name in order)]
+        for block in blocks:
             data = _raw(block) if isinstance(block, Tensor) else memoryview(block)
-            hashing = pool.submit(digest.update, data) if len(data) >= 1 << 20 else digest.update(data)
+            hashing = pool.submit(digest.update, data)
             file.write(data)
-            if hashing is not None:
-                hashing.result()
+            hashing.result()
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
@@ -115,4 +115,4 @@ def _unique(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
 
 def _raw(tensor: Tensor) -> memoryview:
     """The tensor's bytes in row order; no copy if it is contiguous and on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
