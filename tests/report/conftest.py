@@ -75,7 +75,7 @@ WHOLE = [
     evaluation(2, 2.5, 1.5),
     {"kind": "save", "step": 2, "tokens": 200, "path": "checkpoints/step-00000002", "bytes": 10, "seconds": 0.125},
     mark("stop", 2, "SIGTERM"),
-    mark("start", 2, "resumed"),
+    mark("start", 2, "resumed") | {"changed": {"train.save_every": [2, 1]}},
     step(3, 2.0),
     step(4, 1.0),
     evaluation(4, 2.75, 1.65),
