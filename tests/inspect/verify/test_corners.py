@@ -347,3 +347,39 @@ def test_what_is_written_out_keeps_the_programs_order_in_memory(monkeypatch):
         y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         y.transpose(1, 2).contiguous().view(2, 5, 12).square().sum().backward()
     assert trace.verify().ok is True, str(trace.verify())
+
+
+def test_a_backward_hook_of_a_module_is_said_and_not_judged():
+    def program(factor):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        net[1].register_full_backward_hook(lambda module, into, out: (into[0] * factor,))
+        net(torch.randn(5, 3)).square().sum().backward()
+
+    _, result = verified(lambda: program(0.5))
+    assert result.ok and "hook" in {v.verdict for v in result.verdicts}
+    assert sorted(v.verdict for _, v in result.parameters) == ["hook", "hook", "ok", "ok"]
+    _, result = verified(lambda: program(1.0))
+    assert result.ok and {v.verdict for _, v in result.parameters} == {"ok"}
+
+
+def test_a_second_derivative_through_a_saved_intermediate_is_checked_end_to_end():
+    class Softplus(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            e = x.exp()
+            ctx.save_for_backward(e)  # neither input nor output: autograd takes it for a constant
+            return e.log1p()
+
+        @staticmethod
+        def backward(ctx, g):
+            (e,) = ctx.saved_tensors
+            return g * e / (1 + e)
+
+    def program():
+        x = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
+        (g,) = torch.autograd.grad(Softplus.apply(x * 1.0).pow(3).sum(), x, create_graph=True)
+        g.square().sum().backward()
+
+    _, result = verified(program)
+    assert [v.argument for v in result.wrong_parameters] == ["x"]

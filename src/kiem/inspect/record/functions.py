@@ -119,7 +119,7 @@ class FunctionCalls:
         for i, tensor in enumerate(flatten(out)):
             inner = self._table.seen(tensor)
             value = self._table.new(tensor, op.index, i)
-            if inner is not None:
+            if inner is not None and op.kind != "compiled":  # whose kernels write to what was seen before
                 made = self._state.graph.value(inner)
                 value.stats, value.data, value.base = made.stats, made.data, made.base
             else:

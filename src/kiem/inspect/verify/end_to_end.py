@@ -28,8 +28,8 @@ from kiem.inspect.verify.judge import (
     rounded_few_times,
     usual_size,
 )
+from kiem.inspect.verify.meant import module_hook, surrogate
 from kiem.inspect.verify.numeric import derivative
-from kiem.inspect.verify.operation import surrogate
 from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, changes_what_has_a_gradient, leading_to, widen
 from kiem.inspect.verify.slices import Slices
 
@@ -47,14 +47,15 @@ def whole_verdicts(
     leaves: Tensors,
     roots: dict[tuple, torch.Tensor],
     opaque: Set[int] = frozenset(),
+    wrong: Set[int] = frozenset(),
 ) -> tuple[list[InputVerdict], list[str]]:
     """A verdict for each leaf that got a gradient in this call, and notes. `roots`: the gradient with which the call
-    began, by key; `opaque`: operations of which not all of the inside was seen. Raises Unchecked with the
-    reason if the way cannot be run again."""
+    began, by key; `opaque`: operations of which not all of the inside was seen; `wrong`: those whose own gradient is.
+    Raises Unchecked with the reason if the way cannot be run again."""
     if not leaves:
         return [], []
     try:
-        return _Whole(graph, call, recorded, leaves, roots, _begin(graph, call), opaque).verdicts()
+        return _Whole(graph, call, recorded, leaves, roots, _begin(graph, call), opaque, wrong).verdicts()
     except Exception as reason:
         raise Unchecked(str(reason).splitlines()[0][:160] if str(reason) else type(reason).__name__) from reason
 
@@ -83,7 +84,7 @@ def unlike_numbers(graph: Graph, leaves: Tensors) -> list[InputVerdict]:
 
 
 class _Whole:
-    def __init__(self, graph, call, recorded, leaves, roots, start, opaque):
+    def __init__(self, graph, call, recorded, leaves, roots, start, opaque, wrong):
         self.graph, self.call, self.got, self.recorded = graph, call, leaves, recorded
         # What ran under no_grad is a constant.
         ran = (
@@ -96,6 +97,8 @@ class _Whole:
             if op.kind == "compiled" or op.index in opaque or (op.kind == "function" and op.index not in families):
                 raise CannotReplay(f"what happens inside {op.name} at {op.source} was not recorded")
         self.closed = all(rules.find(op.name) is not None for op in self.ops if op.kind == "op" and op.edges)
+        # The reference is torch's own derivative: no witness where one of the operations is wrong.
+        self.closed = self.closed and wrong.isdisjoint(op.index for op in self.ops)
         self.replay = Replay(graph, self.ops, recorded, cut=True)
         self.shown: dict[int, int] = {}  # value that an operation read -> the leaf that it shows
         for op in self.ops:
@@ -274,6 +277,8 @@ class _Whole:
                 of = [start.leaf] if start.leaf is not None else op.outputs if op else ()
                 lines = [line for v in of for line in self.graph.value(v).hooks]
                 what = f"a hook changes its gradient ({', '.join(lines) or f'on {start.node}'})"
+            elif op is not None and (changed := module_hook(op, start)):
+                what = changed
             elif op is not None and surrogate(op):
                 what = f"{op.name} at {op.source} says that its backward is no derivative"
             else:

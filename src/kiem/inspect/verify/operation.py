@@ -37,6 +37,7 @@ from kiem.inspect.verify.judge import (
     repeats,
     rounded_few_times,
 )  # fmt: skip
+from kiem.inspect.verify.meant import module_hook, surrogate
 from kiem.inspect.verify.numeric import Derivative, derivative, noisy_derivative
 from kiem.inspect.verify.precision import roundings_of_positions
 from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, leading_to, widen, with_tensors
@@ -50,9 +51,9 @@ ATOMIC = {"index_add", "scatter_add", "index_put", "gather", "index_select", "in
 @dataclass(slots=True)
 class Verdict:
     """Of one operation: ok, wrong, nonfinite (a gradient is NaN or infinite), kink (right where there is a derivative),
-    zero (no gradient arrived), coarse (checked, but an error of a fifth would not have shown), unchecked. `declared`:
-    unchecked because the program says that its backward is no derivative. `opaque`: called again as a whole, as not all
-    of its inside was seen."""
+    zero (no gradient arrived), hook (a module's hook changed it), coarse (checked, but an error of a fifth would not
+    have shown), unchecked. `declared`: unchecked because the program says that its backward is no derivative.
+    `opaque`: called again as a whole, as not all of its inside was seen."""
 
     op: int
     verdict: str
@@ -110,16 +111,12 @@ def differentiable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def surrogate(op: Op) -> bool:
-    """Whether a custom Function says, by its attribute `surrogate_gradient = True`, that its backward is meant to be
-    something else than its derivative (straight-through estimators, reversed gradients)."""
-    return op.kind == "function" and op.call is not None and getattr(op.call[0], "surrogate_gradient", False) is True
-
-
 def check(graph: Graph, call: BackwardCall, op: Op, step: Step, recorded: Tensors, into: tuple, out: tuple) -> Verdict:
     """Hold one node of a backward call against mathematics. `into`, `out`: its real gradients."""
     if not any(edge is not None for edge in step.edges):
         return Verdict(op.index, "zero", "none of its inputs has a gradient")
+    if changed := module_hook(op, step):
+        return Verdict(op.index, "hook", changed)
     if surrogate(op):
         text = "it says that its backward is no derivative (surrogate_gradient)"
         return Verdict(op.index, "unchecked", text, declared=True)

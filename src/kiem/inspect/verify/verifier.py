@@ -217,7 +217,8 @@ class Verifier:
     def _whole(self, state: RecordState, call: BackwardCall, leaves: dict, roots: dict) -> bool:
         """Whether every leaf of a call could be checked, and none is wrong."""
         try:
-            verdicts, notes = whole_verdicts(state.graph, call, state.kept.tensors, leaves, roots, self._opaque)
+            wrong = {v.op for v in self.result.wrong}
+            verdicts, notes = whole_verdicts(state.graph, call, state.kept.tensors, leaves, roots, self._opaque, wrong)
         except Unchecked as reason:
             self.result.parameters += [(call.index, v) for v in unlike_numbers(state.graph, leaves)]
             self._gap("end to end", f"End to end not checked for the backward call at {call.source}: {reason}")
