@@ -33,9 +33,13 @@ def evaluate(run, data, device, quiet, as_json) -> None:
     if as_json:
         print_json(asdict(found))
     else:
+        bits = found.bits_per_byte
+        per_byte = (
+            "no bits per byte (the tokenizer loses text)" if bits is None else f"{number_text(bits)} bits per byte"
+        )
         click.echo(
             f"loss {number_text(found.loss)} nats per token, perplexity {number_text(found.perplexity, 2)}, "
-            f"{number_text(found.bits_per_byte)} bits per byte "
+            f"{per_byte} "
             f"({integer_text(found.tokens)} tokens, {integer_text(found.bytes)} bytes)"
         )
 

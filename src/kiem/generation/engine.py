@@ -91,12 +91,12 @@ class LanguageModel:
         return (piece for _, piece in self._pieces([0], jobs, sampling, max_tokens, stop))
 
     @torch.inference_mode()
-    def score(self, text: str) -> dict[str, float | int]:
+    def score(self, text: str) -> dict[str, float | int | None]:
         """How well the model predicts a text that starts a document: {"nats", "tokens", "bytes", "bits_per_byte"}.
 
         nats: sum over the text's tokens of -log probability (natural logarithm); the end of text after it is not
-        counted. Each token sees all before it in the context; in a text longer than that, at least half a context.
-        Raises ConfigError if the text is empty.
+        counted. bits_per_byte is None where the tokenizer does not give the text back. Each token sees all before it in
+        the context; in a text longer than that, at least half a context. Raises ConfigError if the text is empty.
         """
         if not text:
             raise ConfigError("text is empty: there is nothing to score")
@@ -113,7 +113,8 @@ class LanguageModel:
                 nats += float(self.model(window[None, :-1], targets_BT=targets_BT, last=targets_BT.shape[1])[0])
                 scored = start + len(window)
         n_bytes = len(text.encode())
-        return {"nats": nats, "tokens": len(ids) - 1, "bytes": n_bytes, "bits_per_byte": nats / math.log(2) / n_bytes}
+        bits = nats / math.log(2) / n_bytes if self.tokenizer.decode(ids[1:]) == text else None
+        return {"nats": nats, "tokens": len(ids) - 1, "bytes": n_bytes, "bits_per_byte": bits}
 
     def _encode(self, text: str) -> list[int]:
         """Tokens of a document that begins with this text."""

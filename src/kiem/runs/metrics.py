@@ -42,7 +42,7 @@ RECORDS: dict[str, dict[str, str]] = {
         "tokens": "training tokens seen",
         "loss": "nats per held-out token",
         "perplexity": "exp(loss)",
-        "bits_per_byte": "held-out loss in bits / bytes of the held-out text, whatever the tokenizer",
+        "bits_per_byte": "held-out loss in bits / bytes of the held-out text; null where the tokenizer loses text",
         "eval_tokens": "held-out tokens evaluated",
         "eval_bytes": "bytes of UTF-8 text those tokens stand for",
         "part": "`sample`: of the held-out text, the same at every point of the curve; `whole`: all of it, at the end",

@@ -16,12 +16,13 @@ from kiem.training.objective import NextToken, Objective
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per token; perplexity: exp(loss); bits_per_byte: all nats / ln 2 / bytes of the text; seconds: it
-    took; part: of the held-out text, "whole" or the "sample" that is the same at every point of a run's curve."""
+    """loss: nats per token; perplexity: exp(loss); bits_per_byte: all nats / ln 2 / bytes of the text, None where the
+    tokenizer loses text (it would be the figure of another text) or there is none; seconds: it took; part: of the
+    held-out text, "whole" or the "sample" that is the same at every point of a run's curve."""
 
     loss: float
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens: int
     bytes: int
     seconds: float
@@ -57,7 +58,7 @@ def evaluate(
     finally:
         model.train(was_training)
     loss = nats / tokens
-    bits = nats / math.log(2) / n_bytes if n_bytes else math.nan
+    bits = nats / math.log(2) / n_bytes if n_bytes and dataset.lossless else None
     perplexity = math.exp(loss) if loss < 700 else math.inf
     part: Literal["whole", "sample"] = "whole" if tokens == held_out.n_tokens - 1 else "sample"
     return Evaluation(loss, perplexity, bits, tokens, n_bytes, time.perf_counter() - began, part)

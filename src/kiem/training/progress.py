@@ -74,9 +74,13 @@ class Progress:
 
     def eval(self, record: Mapping[str, Any]) -> None:
         """Print the line of an `eval` record."""
+        bits = record["bits_per_byte"]
+        per_byte = (
+            "no bits per byte (the tokenizer loses text)" if bits is None else f"{number_text(bits)} bits per byte"
+        )
         self._out.line(
             f"eval at step {integer_text(record['step'])}: held-out loss {number_text(record['loss'])}, "
-            f"perplexity {number_text(record['perplexity'], 2)}, {number_text(record['bits_per_byte'])} bits per byte "
+            f"perplexity {number_text(record['perplexity'], 2)}, {per_byte} "
             f"({'all ' if record.get('part') == 'whole' else ''}{integer_text(record['eval_tokens'])} tokens in "
             f"{seconds_text(record['seconds'])})",
             style="bold",
