@@ -20,7 +20,8 @@ EXIT_CODES = """
 \b
 Exit codes: 0 done, 1 a wrong gradient, a program that failed, or a bug of Kiem, 2 arguments or configuration,
             3 text or tokenizer, 4 checkpoint or run folder,
-            5 a number that is not finite, 6 run folder in use, 7 disk, 130 stopped and saved.
+            5 a number that is not finite, 6 run folder in use, 7 disk, 8 gradients right but not all checked,
+            130 stopped and saved.
 """
 
 
