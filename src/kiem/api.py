@@ -105,7 +105,6 @@ def train(
     if budget is not None:
         wanted = budget.with_depth(wanted)
     dataset = _prepare(wanted, quiet)
-    _tell(dataset, quiet)
     if budget is not None:
         wanted = budget.with_length(wanted, dataset.tokenizer.vocab_size)
     deadline = None if budget is None else budget.ends
@@ -173,7 +172,7 @@ def plan(
     With `data` its text is prepared: then the vocabulary is the real one, and a note says how often the text is seen.
     With `minutes` the length is what fits them on this machine. `config` may be the folder of a run.
     """
-    from kiem.format import count_text, number_text
+    from kiem.format import count_of, number_text
     from kiem.planning.budget import Budget
     from kiem.planning.predict import plan as predict
 
@@ -197,7 +196,7 @@ def plan(
         tokens = sum(split.n_tokens for split, _ in dataset.train)
         often = planned.config.train.tokens / max(tokens, 1)
         planned.notes.append(
-            f"the text has {count_text(tokens)} tokens to train on: seen {number_text(often, 2)} times"
+            f"the text has {count_of(tokens, 'token')} to train on: seen {number_text(often, 2)} times"
         )
     return planned
 
@@ -287,26 +286,16 @@ def _prepare(config: RunConfig, quiet: bool) -> "Dataset":
     return dataset
 
 
-def _tell(dataset: "Dataset", quiet: bool) -> None:
-    """Say what is held out, what was left out of the text, and what the tokenizer loses."""
-    from kiem.format import printable
-    from kiem.training.progress import StatusLine
-
-    line = StatusLine(not quiet)
-    for text in (f"held out: {dataset.report['validation']['rule']}", *dataset.report["notes"]):
-        line.line(printable(text))
-
-
 @contextmanager
 def _counting(quiet: bool) -> Iterator[Callable[[int, int, int], None]]:
     """A line on a terminal that says how far the text is."""
-    from kiem.format import bytes_text, count_text, plural
+    from kiem.format import bytes_text, count_of, plural
     from kiem.training.progress import StatusLine
 
     line = StatusLine(not quiet)
     try:
         yield lambda documents, size, tokens: line(
-            f"preparing: {plural(documents, 'document')}, {bytes_text(size)}, {count_text(tokens)} tokens"
+            f"preparing: {plural(documents, 'document')}, {bytes_text(size)}, {count_of(tokens, 'token')}"
         )
     finally:
         line.clear()

@@ -2,13 +2,14 @@
 
 import math
 import unicodedata
+from typing import TypeGuard
 
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 COUNT_UNITS = ("", "k", "M", "B", "T", "Q")
 UNKNOWN = "-"
 
 
-def is_number(x: object) -> bool:
+def is_number(x: object) -> TypeGuard[float]:
     """True for a finite int or float (a bool is not a number)."""
     if isinstance(x, float):
         return math.isfinite(x)
@@ -54,8 +55,11 @@ def integer_text(n: float | None) -> str:
     return f"{n:,.0f}" if is_number(n) else UNKNOWN
 
 
-def number_text(x: float | None, digits: int = 4) -> str:
-    """A loss, a norm, a ratio: `digits` decimals; scientific where those would hide it."""
+def number_text(x: float | str | None, digits: int = 4) -> str:
+    """A loss, a norm, a ratio: `digits` decimals; scientific where those would hide it. Numbers that are not finite
+    may also come as files name them ("NaN", "Infinity", "-Infinity")."""
+    if isinstance(x, str) and x in ("NaN", "Infinity", "-Infinity"):
+        x = float(x)
     if isinstance(x, float) and not math.isfinite(x):
         return "NaN" if math.isnan(x) else ("inf" if x > 0 else "-inf")
     if not is_number(x):
@@ -68,6 +72,11 @@ def number_text(x: float | None, digits: int = 4) -> str:
 def plural(n: int, noun: str, nouns: str | None = None) -> str:
     """A count with its noun: '1 step', '1,368 steps', '2 batches'."""
     return f"{integer_text(n)} {noun if n == 1 else nouns or noun + 's'}"
+
+
+def count_of(n: int, noun: str, nouns: str | None = None) -> str:
+    """As `plural`, with the count in short: '1 token', '1.37M tokens'."""
+    return f"{count_text(n)} {noun if n == 1 else nouns or noun + 's'}"
 
 
 def percent_text(share: float | None) -> str:

@@ -132,5 +132,6 @@ def dataset():
         "sources": [{"path": "python", **amounts}],
         "problems": [{"origin": "a<b>.py", "line": 3, "what": "not UTF-8", "action": "left out"}],
         "n_problems": 1,
+        "problem_counts": {"not UTF-8": 1},
     }
     return SimpleNamespace(validation=split, tokenizer=tokenizer, report=report, text=b"".join(texts))

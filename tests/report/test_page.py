@@ -131,6 +131,14 @@ def test_tables_have_headers(page_of, dataset):
     assert "1.650" in cells and "160" in cells
 
 
+def test_the_problems_of_the_text_are_counted_by_kind(page_of, dataset):
+    dataset.report |= {"n_problems": 4, "problem_counts": {"not UTF-8": 1, "no text": 3, "<unheard of>": 2}}
+    text = page_of(dataset)
+    kinds = ["3 records have no text", "1 document is not valid UTF-8"]
+    assert "<ul>" + "".join(f"<li>{kind}</li>" for kind in kinds) + "</ul>" in text
+    assert "4 problems in the text" in text
+
+
 def test_chart_values_for_the_pointer(page_of):
     text = page_of()
     data = json.loads(re.search(r'id="chart-data">(.*?)</script>', text)[1])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kiem.errors import CheckpointError, StorageError
+from kiem.report.facts import facts, headline
 from kiem.report.schema import KEYS, OPAQUE, SCHEMA_VERSION, document
 from kiem.report.summary import build_report, compression_baselines, held_out_text, write
 
@@ -47,6 +48,7 @@ def test_numbers_by_hand(make_run, dataset):
     # GPT-2 of width 8: 300*8 + 8*8 embeddings; a block of 4*8*8 + 8 (attention) + 2*8*32 + 32 + 8 + 2*16; a norm of 16.
     assert report["parameters"] == 2400 + 64 + (256 + 8 + 512 + 40 + 32) + 16
     assert report["seconds"] == 0.5 + 1.0 + 0.5 + 0.5
+    assert report["last_start_seconds"] == 0.5 + 0.5 and "2.50 s in all, 1.00 s since the resume" in headline(report)
     assert report["tokens_per_second"] == 400 / 2.5
     assert report["matmul_share"] == pytest.approx((0.5 * 0.5 + 0.25 * 1.0 + 0.5 * 0.5 + 0.5 * 0.5) / 2.5)
     assert report["step_seconds"] == 0.5 and report["peak_memory_bytes"] == 1_000_004
@@ -123,10 +125,12 @@ def test_not_a_run_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_numbers_that_are_not_finite_are_null_and_named(make_run, records):
+def test_numbers_that_are_not_finite_are_spelled_as_in_the_log_and_named(make_run, records, tmp_path):
     metrics = [records.step(1), records.step(2, "NaN"), records.evaluation(2, "Infinity", "NaN")]
     report = write(make_run(metrics=metrics))
-    assert report["loss"] is None and report["best_bits_per_byte"] is None
+    assert (report["loss"], report["bits_per_byte"], report["best_bits_per_byte"]) == ("Infinity", "NaN", None)
+    assert json.loads((tmp_path / "demo" / "report.json").read_text())["evaluations"][0]["loss"] == "Infinity"
+    assert dict(facts(report))["held-out loss"] == "inf nats per token"
     assert report["train_loss"] == 2.0
     assert report["problems"] == ["the loss at step 2 is NaN"]
 

@@ -44,7 +44,7 @@ def test_any_width_and_encoding(make_run, dataset, records, width, encoding):
 
 def test_what_it_says(make_run, dataset):
     text = shown(build_report(make_run(), dataset), 100)
-    assert "demo: finished at step 4 of 4, 400 tokens in 2.50 s, 3.33k parameters" in text
+    assert "demo: finished at step 4 of 4, 400 tokens in 2.50 s in all, 1.00 s since the resume, 3.33k" in text
     for words in (
         "held-out loss",
         "2.7500 nats per token",

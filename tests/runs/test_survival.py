@@ -30,7 +30,7 @@ class Server:
     """The forking server, and the text that its runs train on."""
 
     def __init__(self, folder, data=None):
-        self.folder, self.data, self.jobs = folder, data or folder, 0
+        self.folder, self.data, self.jobs, self.pid = folder, data or folder, 0, None
         self.process = subprocess.Popen(
             [sys.executable, PROGRAM],
             bufsize=0,
@@ -55,17 +55,18 @@ class Server:
             "command": command,
         }
         self.process.stdin.write((json.dumps(job) + "\n").encode())
-        self.pid = self.answer()
+        self.pid = self.answer()  # the first comes when the server has imported everything
         return self.pid
 
     def wait(self):
         """The end of what was begun: its exit code, negative if a signal ended it."""
         return self.answer()
 
-    def answer(self, seconds=60):
+    def answer(self, seconds=300):
+        """The next number that the server says. The limit is far beyond any run here, also on a busy machine."""
         if not select.select([self.process.stdout], [], [], seconds)[0]:
-            os.kill(self.pid, signal.SIGKILL)
-            pytest.fail(f"no end after {seconds} s: {self.output()}")
+            os.kill(self.pid or self.process.pid, signal.SIGKILL)
+            pytest.fail(f"no end after {seconds} s: {self.log.read_text() if self.log.exists() else 'no output'}")
         return int(self.process.stdout.readline())
 
     def train(self, run, **fault):
@@ -133,6 +134,21 @@ def test_killed_in_its_first_second_the_same_command_trains_it(server, by_comman
         assert server.kiem_train(run) == 0, server.output()
         assert outcome(run) == expected
         assert not [path for path in run.rglob("*") if path.name.startswith(".tmp-")]
+
+
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_a_fork_killed_in_its_first_second(server, by_command, tmp_path, slow):
+    """It begins with the weights of the other run, also when its first start was killed."""
+    parent = tmp_path / "parent"
+    assert server.kiem_train(parent) == 0, server.output()
+    fork = ["train", str(parent), "-q", "train.lr=0.001", "--fork"]
+    assert server.train(None, command=[*fork, str(tmp_path / "whole")]) == 0, server.output()
+    expected = outcome(tmp_path / "whole")[2]
+    for n in first_operations(slow):
+        run = tmp_path / f"run{n}"
+        assert server.train(None, command=[*fork, str(run)], kind="signal", n=n) == -signal.SIGKILL
+        assert server.train(None, command=[*fork, str(run)]) == 0, server.output()
+        assert outcome(run)[2] == expected
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def evaluate(run, data, device, quiet, as_json) -> None:
     from dataclasses import asdict
 
     from kiem import api
-    from kiem.format import integer_text, number_text
+    from kiem.format import number_text, plural
 
     found = api.evaluate(run, data=parse_sources(data), device=device, quiet=quiet)
     if as_json:
@@ -40,7 +40,7 @@ def evaluate(run, data, device, quiet, as_json) -> None:
         click.echo(
             f"loss {number_text(found.loss)} nats per token, perplexity {number_text(found.perplexity, 2)}, "
             f"{per_byte} "
-            f"({integer_text(found.tokens)} tokens, {integer_text(found.bytes)} bytes)"
+            f"({plural(found.tokens, 'token')}, {plural(found.bytes, 'byte')})"
         )
 
 

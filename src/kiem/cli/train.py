@@ -99,8 +99,7 @@ def prepare(sources, config, tokenizer, quiet, as_json) -> None:
         f"{plural(report['tokens'], 'token')}, vocabulary of {integer_text(report['vocab_size'])}"
     )
     click.echo(
-        f"training {integer_text(train['tokens'])} tokens, "
-        f"held out {integer_text(held_out['tokens'])} ({held_out['rule']})"
+        f"training {plural(train['tokens'], 'token')}, held out {integer_text(held_out['tokens'])} ({held_out['rule']})"
     )
     for note in report["notes"]:
         click.echo(f"  {printable(note)}", err=True)

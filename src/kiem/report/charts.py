@@ -5,6 +5,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 
+from kiem.format import plural
 from kiem.report.read import Run, as_number, thin
 from kiem.report.svg import Chart, Line
 from kiem.runs.metrics import Smoothed
@@ -24,7 +25,9 @@ def charts_of(run: Run) -> list[tuple[Chart, str]]:
             "nats per token",
             [
                 _line(run, "training, each step", "raw", run.steps["loss"]),
-                _line(run, f"training, smoothed over about {window} steps", "main", run.smoothed, extremes=False),
+                _line(
+                    run, f"training, smoothed over about {plural(window, 'step')}", "main", run.smoothed, extremes=False
+                ),
                 held_out,
             ],
         ),
@@ -87,7 +90,7 @@ def _raw_and_smoothed(run: Run, column: str, scale: float = 1.0) -> list[Line | 
     means = array("d", (smooth.update(y) for y in values))
     return [
         _line(run, "each step", "raw", values),
-        _line(run, f"smoothed over about {run.smoothing_steps} steps", "main", means, extremes=False),
+        _line(run, f"smoothed over about {plural(run.smoothing_steps, 'step')}", "main", means, extremes=False),
     ]
 
 

@@ -3,15 +3,18 @@
 from collections.abc import Iterator
 from typing import Any
 
-from kiem.format import bytes_text, count_text, integer_text, number_text, percent_text, plural, seconds_text
+from kiem.format import bytes_text, count_of, integer_text, number_text, percent_text, plural, seconds_text
 
 
 def headline(report: dict[str, Any]) -> str:
     """One line: how far the run came."""
     done = f"{report['status']} at step {integer_text(report['step'])}"
     of = f" of {integer_text(report['steps_planned'])}" if report["steps_planned"] else ""
-    size = f", {count_text(report['parameters'])} parameters" if report["parameters"] else ""
-    return f"{done}{of}, {count_text(report['tokens'])} tokens in {seconds_text(report['seconds'])}{size}"
+    size = f", {count_of(report['parameters'], 'parameter')}" if report["parameters"] else ""
+    time = seconds_text(report["seconds"])
+    if report["starts"] > 1:
+        time += f" in all, {seconds_text(report['last_start_seconds'])} since the resume"
+    return f"{done}{of}, {count_of(report['tokens'], 'token')} in {time}{size}"
 
 
 def facts(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -48,7 +51,7 @@ def data_lines(data: dict[str, Any]) -> Iterator[str]:
     training, held_out = data["training"], data["validation"]
     yield (
         f"text: {plural(data['documents'], 'document')}, {bytes_text(data['bytes'])}; "
-        f"{count_text(training['tokens'])} tokens to train on, {count_text(held_out['tokens'])} held out "
+        f"{count_of(training['tokens'], 'token')} to train on, {count_of(held_out['tokens'], 'token')} held out "
         f"({held_out['rule']})"
     )
     yield from data["notes"]

@@ -13,8 +13,20 @@ from typing import Any
 
 import yaml
 
+from kiem.data.formats import PROBLEMS
 from kiem.files import digest, embedded_json
-from kiem.format import bytes_text, count_text, integer_text, number_text, percent_text, printable, seconds_text
+from kiem.format import (
+    bytes_text,
+    count_of,
+    count_text,
+    integer_text,
+    is_number,
+    number_text,
+    percent_text,
+    plural,
+    printable,
+    seconds_text,
+)
 from kiem.report.charts import charts_of
 from kiem.report.facts import facts, headline, plan_rows
 from kiem.report.read import Run
@@ -101,7 +113,7 @@ def _tiles(report: dict[str, Any]) -> str:
         ("held-out loss", number_text(report["loss"], 3), "nats per token"),
         ("speed", integer_text(report["tokens_per_second"]), "tokens/s"),
         ("utilization", percent_text(report["matmul_share"]), "of peak matmul throughput"),
-        ("training time", seconds_text(report["seconds"]), f"{count_text(report['tokens'])} tokens"),
+        ("training time", seconds_text(report["seconds"]), count_of(report["tokens"], "token")),
         ("peak memory", bytes_text(report["peak_memory_bytes"]), "of the process"),
     ]
     tiles = "".join(
@@ -136,7 +148,7 @@ def _curves(charts: list) -> str:
 def _compression(report: dict[str, Any]) -> str:
     """The model beside the compressors, as a table with bars. A model that is no better shows it."""
     kept, rows = report["compression"], [("this model", report["bits_per_byte"])]
-    if not kept["text_bytes"] or report["bits_per_byte"] is None:
+    if not kept["text_bytes"] or not is_number(report["bits_per_byte"]):
         return ""
     rows += [("xz -9", kept["xz_9_bits_per_byte"]), ("gzip -9", kept["gzip_9_bits_per_byte"])]
     most = max(value for _, value in rows) or 1.0
@@ -181,7 +193,7 @@ def _samples(report: dict[str, Any]) -> str:
     for step in steps:
         drawn = [s for s in report["samples"] if s["step"] == step]
         opened = " open" if step in (steps[0], steps[-1]) else ""
-        title = f"step {integer_text(step)} <small>{count_text(drawn[0]['tokens'])} tokens</small>"
+        title = f"step {integer_text(step)} <small>{count_of(drawn[0]['tokens'], 'token')}</small>"
         texts = "".join(_sample(s) for s in drawn)
         parts.append(f"<details{opened}><summary>{title}</summary>{texts}</details>\n")
     return _section("Samples over training", *parts)
@@ -190,7 +202,8 @@ def _samples(report: dict[str, Any]) -> str:
 def _sample(sample: dict[str, Any]) -> str:
     text = sample["text"]
     rest = len(text) - MOST_SAMPLE_CHARACTERS
-    cut = f'\n<i class="quiet">… {integer_text(rest)} more characters in samples.jsonl</i>' if rest > 0 else ""
+    more = plural(rest, "more character")
+    cut = f'\n<i class="quiet">… {more} in samples.jsonl</i>' if rest > 0 else ""
     prompt = f'<b class="prompt">{_text(sample["prompt"])}</b>' if sample["prompt"] else ""
     return f'<pre tabindex="0">{prompt}{_text(text[:MOST_SAMPLE_CHARACTERS])}{cut}</pre>'
 
@@ -209,7 +222,7 @@ def _evaluations(report: dict[str, Any]) -> str:
     if not rows:
         return _section("Evaluations", "<p>The held-out text has not been evaluated yet.</p>")
     table = _table(("step", "tokens", "loss (nats per token)", "perplexity", "bits per byte"), rows)
-    return _section("Evaluations", f"<details><summary>{len(rows)} evaluations</summary>{table}</details>")
+    return _section("Evaluations", f"<details><summary>{plural(len(rows), 'evaluation')}</summary>{table}</details>")
 
 
 def _data(report: dict[str, Any]) -> str:
@@ -250,10 +263,19 @@ def _text_problems(data: dict[str, Any]) -> str:
     if not problems:
         return '<p class="quiet">No problems in the text.</p>'
     count = data.get("n_problems", len(problems))
+    counts = data.get("problem_counts")
+    kinds = "".join(f"<li>{_text(text)}</li>" for text in _by_kind(counts if isinstance(counts, dict) else {}))
     rows = "".join(f"<li>{_text(_problem(p))}</li>" for p in problems[:MOST_PROBLEM_ROWS])
     rest = count - min(len(problems), MOST_PROBLEM_ROWS)
     more = f"<li>and {integer_text(rest)} more</li>" if rest > 0 else ""
-    return f"<details><summary>{integer_text(count)} problems in the text</summary><ul>{rows}{more}</ul></details>"
+    listed = f"<details><summary>{plural(count, 'problem')} in the text</summary><ul>{rows}{more}</ul></details>"
+    return f"<ul>{kinds}</ul>{listed}" if kinds else listed
+
+
+def _by_kind(counts: dict[str, Any]) -> list[str]:
+    """How often each kind of problem was met, the most frequent first."""
+    known = {kind: n for kind, n in counts.items() if kind in PROBLEMS and is_number(n)}
+    return [plural(n, *PROBLEMS[kind]) for kind, n in sorted(known.items(), key=lambda item: -item[1])]
 
 
 def _problem(problem: Any) -> str:

@@ -33,6 +33,7 @@ KEYS: dict[str, str] = {
     "train_loss": "nats per training token, smoothed over the last `smoothing_steps` steps",
     "smoothing_steps": "window of the exponential mean, in steps",
     "seconds": "seconds spent in training steps, over all starts; evaluations, samples and saves not counted",
+    "last_start_seconds": "the same since the newest start or resume",
     "eval_seconds": "seconds spent in evaluations",
     "save_seconds": "seconds spent in saves",
     "tokens_per_second": "training tokens / seconds, over the steps that were logged",

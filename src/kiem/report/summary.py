@@ -3,7 +3,6 @@
 It works on a run that finished, stopped early or is still going, and says what is missing.
 """
 
-import json
 import math
 import platform
 import statistics
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kiem.config.model import ModelConfig
-from kiem.files import write_atomically
+from kiem.files import plain, to_json, write_atomically
+from kiem.format import is_number, plural
 from kiem.planning.count import total_parameters
 from kiem.report.baselines import compression_baselines, is_python_corpus, parse_rates
 from kiem.report.page import render_page
@@ -50,7 +50,7 @@ def write(run_folder: str | Path, dataset: "Dataset | None" = None) -> dict[str,
     """
     run = read_run(run_folder)
     report = _build(run, dataset)
-    write_atomically(run.folder / "report.json", json.dumps(report, allow_nan=False, indent=1) + "\n")
+    write_atomically(run.folder / "report.json", to_json(report, indent=1) + "\n")
     write_atomically(run.folder / "report.html", render_page(report, run))
     return report
 
@@ -87,12 +87,13 @@ def _build(run: Run, dataset: "Dataset | None") -> dict[str, Any]:
         if isinstance(values, list) and len(values) == 2
     ]
     report["problems"] = _shortened([*_worse_than_before(run), *run.problems])
-    return _json_values(report)
+    return plain(report)
 
 
-def _number(record: Mapping[str, Any], name: str) -> float | int | None:
-    """The record's number of that name, None for anything else."""
-    return record[name] if math.isfinite(as_number(record.get(name))) else None
+def _number(record: Mapping[str, Any], name: str) -> Any:
+    """The record's number of that name, one that is not finite too; None for anything else."""
+    value = record.get(name)
+    return value if is_number(value) or isinstance(value, float) else None
 
 
 def _state(run: Run) -> dict[str, Any]:
@@ -155,6 +156,7 @@ def _speed(run: Run) -> dict[str, Any]:
     times = [t for t in run.steps["step_seconds"] if math.isfinite(t)]
     return {
         "seconds": seconds,
+        "last_start_seconds": _seconds_since_last_start(run),
         "eval_seconds": _total(run.evals),
         "save_seconds": _total(run.saves),
         "tokens_per_second": _tokens_logged(run) / seconds if seconds > 0 else None,
@@ -162,6 +164,14 @@ def _speed(run: Run) -> dict[str, Any]:
         "step_seconds": statistics.median(times) if times else None,
         "peak_memory_bytes": int(max(memory)) if memory else None,
     }
+
+
+def _seconds_since_last_start(run: Run) -> float:
+    """Training seconds of the steps after the newest `start`."""
+    starts = [mark for mark in run.marks if mark["kind"] == "start"]
+    resumed_at = as_number(starts[-1].get("step")) if starts else 0.0
+    before = [seconds for step, seconds in zip(run.steps["step"], run.seconds, strict=True) if step <= resumed_at]
+    return run.seconds[-1] - (before[-1] if before else 0.0) if len(run) else 0.0
 
 
 def _tokens_logged(run: Run) -> float:
@@ -272,15 +282,4 @@ def _earlier_report(folder: Path) -> dict[str, Any]:
 
 def _shortened(problems: list[str], most: int = 20) -> list[str]:
     rest = len(problems) - most
-    return problems[:most] + ([f"and {rest} more problems of this kind"] if rest > 0 else [])
-
-
-def _json_values(value: Any) -> Any:
-    """Plain JSON: non-finite numbers become null (the problem list names them), dates and paths text."""
-    if isinstance(value, Mapping):
-        return {str(k): _json_values(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_values(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    return problems[:most] + ([f"and {plural(rest, 'more problem')} of this kind"] if rest > 0 else [])

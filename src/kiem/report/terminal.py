@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from kiem.format import UNKNOWN, count_text, integer_text, number_text, percent_text, printable
+from kiem.format import UNKNOWN, count_text, integer_text, is_number, number_text, percent_text, plural, printable
 from kiem.report.facts import facts, headline, plan_rows
 
 CURVE_ROWS, MOST_CURVE_COLUMNS = 10, 100
@@ -45,7 +45,7 @@ class TerminalReport:
 
     def _curve(self, options: ConsoleOptions) -> RenderResult:
         curve = self.report["curve"]
-        points = [(x, y) for x, y in zip(curve["tokens"], curve["train_loss"], strict=True) if y is not None]
+        points = [(x, y) for x, y in zip(curve["tokens"], curve["train_loss"], strict=True) if is_number(y)]
         if len(points) < 2:
             return
         held_out = [
@@ -60,7 +60,9 @@ class TerminalReport:
             yield Text(line, no_wrap=True, overflow="crop")
         marks = ", o held-out loss" if held_out else ""
         window = self.report["smoothing_steps"]
-        caption = f"nats per token: training loss, smoothed over about {window} steps{marks}; x-axis: tokens\n"
+        caption = (
+            f"nats per token: training loss, smoothed over about {plural(window, 'step')}{marks}; x-axis: tokens\n"
+        )
         yield Text(caption, style="dim")
 
     def _sample(self, options: ConsoleOptions) -> RenderResult:
@@ -72,7 +74,7 @@ class TerminalReport:
         for line in lines[:SAMPLE_LINES]:
             yield Text(_safe("  " + line, options), no_wrap=True, overflow="crop")
         if len(lines) > SAMPLE_LINES:
-            yield Text(f"  ... {len(lines) - SAMPLE_LINES} more lines in report.html", style="dim")
+            yield Text(f"  ... {plural(len(lines) - SAMPLE_LINES, 'more line')} in report.html", style="dim")
 
 
 def _results(report: dict[str, Any]) -> Table:

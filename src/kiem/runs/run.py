@@ -70,9 +70,12 @@ class Run:
         """Whether the folder is missing, or holds nothing but what a start that was killed at once left."""
         if not os.path.lexists(self.folder):
             return True
-        return os.path.isdir(self.folder) and all(
-            name.startswith((LOCK, TEMPORARY)) for name in os.listdir(self.folder)
-        )
+        if not os.path.isdir(self.folder):
+            return False
+        names = set(os.listdir(self.folder))
+        if os.path.isdir(self.folder / "checkpoints"):  # of a fork, whose first checkpoint comes before config.yaml
+            names = names - {"checkpoints"} | set(os.listdir(self.folder / "checkpoints"))
+        return all(name.startswith((LOCK, TEMPORARY)) for name in names)
 
     def is_finished(self, config: RunConfig) -> bool:
         """Whether its newest checkpoint is that of the last step of this configuration (resolved)."""

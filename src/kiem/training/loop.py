@@ -20,6 +20,7 @@ from kiem.config.run import RunConfig
 from kiem.data.loader import Batch, Loader
 from kiem.data.shards import Dataset
 from kiem.errors import CheckpointError, NumericsError, Stopped
+from kiem.format import plural
 from kiem.model.transformer import Transformer
 from kiem.optim.groups import build_optimizer
 from kiem.optim.state import load_state_tensors, state_tensors
@@ -211,7 +212,8 @@ class Trainer:
         self.progress.total_tokens, self.progress.total_steps = settings.tokens, self.steps
         self.record("shortened", total_tokens=settings.tokens, cooldown_tokens=settings.cooldown_tokens, time=_now())
         self.progress.note(
-            f"slower than planned: the run now ends at step {self.steps:,} ({settings.tokens:,} tokens), to end in time"
+            f"slower than planned: the run now ends at step {self.steps:,} ({plural(settings.tokens, 'token')}), to end "
+            "in time"
         )
         self.save()
         write_config(self.config, self.of.folder / "config.yaml")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-from kiem.format import bytes_text, integer_text, is_number, number_text, percent_text, printable, seconds_text
+from kiem.format import bytes_text, integer_text, is_number, number_text, percent_text, plural, printable, seconds_text
 from kiem.runs.metrics import Smoothed
 
 SMOOTHING_STEPS = 20
@@ -81,7 +81,7 @@ class Progress:
         self._out.line(
             f"eval at step {integer_text(record['step'])}: held-out loss {number_text(record['loss'])}, "
             f"perplexity {number_text(record['perplexity'], 2)}, {per_byte} "
-            f"({'all ' if record.get('part') == 'whole' else ''}{integer_text(record['eval_tokens'])} tokens in "
+            f"({'all ' if record.get('part') == 'whole' else ''}{plural(record['eval_tokens'], 'token')} in "
             f"{seconds_text(record['seconds'])})",
             style="bold",
         )
@@ -99,7 +99,7 @@ class Progress:
             cut = line if len(line) <= SAMPLE_LINE_CHARACTERS else line[: SAMPLE_LINE_CHARACTERS - 3] + "..."
             self._out.line(f"  | {cut}".rstrip(), style="dim")
         if len(lines) > SAMPLE_LINES:
-            self._out.line(f"  | ... {len(lines) - SAMPLE_LINES} more lines in samples.jsonl", style="dim")
+            self._out.line(f"  | ... {plural(len(lines) - SAMPLE_LINES, 'more line')} in samples.jsonl", style="dim")
 
     def note(self, text: str) -> None:
         """Print a message of the trainer as it stands."""
