@@ -212,8 +212,8 @@ class Trainer:
         self.progress.total_tokens, self.progress.total_steps = settings.tokens, self.steps
         self.record("shortened", total_tokens=settings.tokens, cooldown_tokens=settings.cooldown_tokens, time=_now())
         self.progress.note(
-            f"slower than planned: the run now ends at step {self.steps:,} ({plural(settings.tokens, 'token')}), to end "
-            "in time"
+            f"slower than planned: the run now ends at step {self.steps:,} ({plural(settings.tokens, 'token')}), "
+            "to end in time"
         )
         self.save()
         write_config(self.config, self.of.folder / "config.yaml")
