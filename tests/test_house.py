@@ -41,10 +41,10 @@ READING_ORDER = [
     "data/loader.py",
     "model/transformer.py",
     "model/attention.py",
-    "optim/muon.py",
-    "training/objective.py",
+    "optim/groups.py",
     "training/step.py",
     "training/loop.py",
+    "runs/run.py",
     "runs/checkpoint.py",
 ]
 

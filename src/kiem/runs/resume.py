@@ -43,7 +43,7 @@ def check_options(run: "Run", out: str | Path | None, minutes: float | None) -> 
     if out is not None and os.path.realpath(out) != os.path.realpath(run.folder):
         raise ConfigError(
             f"--out {out}: {run.folder} is resumed in its own folder: leave --out out, or start a new run from its "
-            f"weights: kiem train {run.folder} --fork {out}"
+            f"weights: kiem train {shlex.quote(str(run.folder))} --fork {shlex.quote(str(out))}"
         )
     if minutes is not None:
         raise ConfigError(f"--minutes: {run.folder} has its length already: give --tokens to make it longer")

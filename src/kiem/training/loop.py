@@ -5,11 +5,13 @@ stands after every record up to k, and a resume that drops the records after k w
 """
 
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -190,11 +192,16 @@ class Trainer:
         if self.train.matrix_lr is not None:
             lower["train.matrix_lr"] = f"{self.train.matrix_lr / 2:g}"
         values = " ".join(f"{key}={value}" for key, value in lower.items())
-        again = f"kiem train {good or self.folder} --fork {self.folder}-2 {values}" if good else "a new run"
+        again = f"{_command(good)} --fork {self.fork} {values}" if good else f"start a new run with {values}"
         return (
             f"The run was stopped; its checkpoints are kept. With a lower learning rate: {again}. "
-            f"To train on regardless: kiem train {self.folder} train.stop_on_divergence=false"
+            f"To train on regardless: {_command(self.folder)} train.stop_on_divergence=false"
         )
+
+    @property
+    def fork(self) -> str:
+        """The folder of a fork in a command that is advised."""
+        return shlex.quote(f"{self.folder}-2")
 
     def keep_deadline(self) -> None:
         """Make the run shorter if it would end after its deadline: said, recorded, and saved at once."""
@@ -245,12 +252,12 @@ class Trainer:
         path, _ = checkpoint.latest(self.folder)
         kept = f"The last good state is {path}" if path else "No checkpoint was saved yet"
         skipped = ",".join(map(str, sorted({*self.skipped, self.step + 1})))
-        ways = [f"without this batch: kiem train {self.folder} train.skip_batches={skipped}"]
+        ways = [f"without this batch: {_command(self.folder)} train.skip_batches={skipped}"]
         if self.model.compute_dtype != torch.float32:
-            ways.append(f"in float32: kiem train {self.folder} train.precision=float32")
+            ways.append(f"in float32: {_command(self.folder)} train.precision=float32")
         if path:
             lower = f"train.lr={self.train.lr / 2:g}"
-            ways.append(f"with a lower learning rate: kiem train {self.folder} --fork {self.folder}-2 {lower}")
+            ways.append(f"with a lower learning rate: {_command(self.folder)} --fork {self.fork} {lower}")
         return NumericsError(f"{reason}. {kept}. To continue " + "; or ".join(ways))
 
     def measured(self, max_tokens: int | None) -> Evaluation:
@@ -351,7 +358,12 @@ class Trainer:
     def stop(self, saved: int) -> None:
         assert self.stop_signal is not None
         self.record("stop", reason=_signal_name(self.stop_signal), time=_now())
-        raise Stopped(f"stopped at step {saved} of {self.steps}, saved. Resume with: kiem train {self.folder}")
+        raise Stopped(f"stopped at step {saved} of {self.steps}, saved. Resume with: {_command(self.folder)}")
+
+
+def _command(run: Path) -> str:
+    """What a user types to resume the run."""
+    return f"kiem train {shlex.quote(str(run))}"
 
 
 def _now() -> str:
