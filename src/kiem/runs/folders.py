@@ -64,8 +64,8 @@ def holds(run: Run, wanted: RunConfig, any_length: bool = False) -> bool:
 def _differences(run: Run, wanted: RunConfig, any_length: bool) -> list[str]:
     """The keys that are given and have another value in the run."""
     config = run.written_config()
-    have, given = flat(config.model_dump()), flat(wanted.model_dump(exclude_none=True))
-    given.pop("depth", None)
+    have, given = (flat(of.model_dump()) for of in (config, wanted))
+    given = {key: value for key, value in given.items() if value is not None and key != "depth"}
     other = [key for key, value in given.items() if have.get(key) != value and key != LENGTH]
     if LENGTH in given and not 0 <= given[LENGTH] - config.train.tokens < config.train.batch_tokens:
         other.append(LENGTH)
