@@ -152,23 +152,37 @@ def test_a_fork_killed_in_its_first_second(server, by_command, tmp_path, slow):
 
 
 @pytest.mark.slow
-def test_killed_after_a_random_time_of_its_first_second(server, by_command, tmp_path):
-    expected, _ = by_command
-    rng, kills = random.Random(2), 0
-    for number in range(40):
+def test_forty_ends_each_resumed_by_the_command_that_a_user_types(server, by_command, tmp_path):
+    """20 kills at an operation on the disk, 10 after a random time of a new run's first second, 10 full disks."""
+    expected, operations = by_command
+    rng, done, equal, number = random.Random(2), {"operation": 0, "first second": 0, "full disk": 0}, 0, 0
+    wanted = {"operation": 20, "first second": 10, "full disk": 10}
+    while done != wanted:
+        how = next(how for how in wanted if done[how] < wanted[how])
+        number += 1
+        assert number < 80
         run = tmp_path / f"run{number}"
-        pid = server.start(None, command=["train", str(server.folder / "config.yaml"), "--out", str(run), "-q"])
-        time.sleep(rng.uniform(0, 1))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        if server.wait() == 0:
+        if how == "first second":
+            pid = server.start(None, command=["train", str(server.folder / "config.yaml"), "--out", str(run), "-q"])
+            time.sleep(rng.uniform(0, 1))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            code = server.wait()
+        else:
+            kind = "signal" if how == "operation" else "full"
+            code = server.kiem_train(run, kind=kind, n=rng.randint(1, operations))
+        if code == 0:  # it had ended before
             continue
-        kills += 1
-        assert server.kiem_train(run) == 0, server.output()
-        assert outcome(run) == expected
-        if kills == 10:
-            break
-    assert kills == 10
+        assert code == (7 if how == "full disk" else -signal.SIGKILL), server.output()
+        done[how] += 1
+        if number % 2 and (run / "config.yaml").exists():
+            code = server.train(None, command=["train", str(run), "-q"])
+        else:
+            code = server.kiem_train(run)
+        assert code == 0, server.output()
+        equal += outcome(run) == expected
+    print(f"ends: {done}; resumed and equal bit for bit: {equal} of {sum(done.values())}")
+    assert equal == 40
 
 
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
