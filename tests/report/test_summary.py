@@ -117,6 +117,16 @@ def test_missing_parts(make_run, missing):
     assert report["problems"] == named.get(missing, [])
 
 
+def test_only_steps_without_a_record_are_lost(make_run):
+    folder = make_run()
+    (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert build_report(folder)["problems"] == []
+    (folder / "checkpoints" / "step-00000006").mkdir()
+    report = build_report(folder)
+    assert report["step"] == 6
+    assert report["problems"] == ["metrics.jsonl has no record of steps 5 to 6: they are lost"]
+
+
 def test_not_a_run_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"is not a run folder: it has neither config\.yaml nor metrics\.jsonl"):
         build_report(tmp_path)

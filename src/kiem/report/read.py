@@ -70,7 +70,8 @@ def read_run(folder: str | Path) -> Run:
         _take_sample(run, record)
     run.config = _mapping(folder / "config.yaml", run.problems)
     run.plan = _mapping(folder / "plan.json", run.problems)
-    run.newest_checkpoint, logged = RunFolder(folder).newest_step, int(run.steps["step"][-1]) if len(run) else 0
+    run.newest_checkpoint = RunFolder(folder).newest_step
+    logged = int(run.steps["step"][-1]) if run.steps["step"] else 0
     if logged < run.newest_checkpoint:
         run.problems.append(
             f"metrics.jsonl has no record of steps {logged + 1} to {run.newest_checkpoint}: they are lost"
