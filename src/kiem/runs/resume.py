@@ -112,8 +112,14 @@ def check_length(before: RunConfig, tokens: int | None, folder: Path) -> None:
 def fork_command(folder: Path, changed: Changes, keys: Iterable[str]) -> str:
     """What a user types to train on from a run's weights with other values."""
     values = {key: changed[key][1] for key in keys}
-    said = "".join(f" {key}={value}" for key, value in values.items() if isinstance(value, bool | int | float | str))
+    said = "".join(f" {key}={_word(value)}" for key, value in values.items() if not isinstance(value, list))
     return f"kiem train {shlex.quote(str(folder))} --fork {shlex.quote(f'{folder}-2')}{said}"
+
+
+def _word(value: Any) -> str:
+    """A value as an override of the command line takes it."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else shlex.quote(str(value))
 
 
 def set_ended_aside(run: "Run", first_later: int) -> None:
