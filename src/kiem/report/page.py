@@ -275,7 +275,7 @@ def _text_problems(data: dict[str, Any]) -> str:
 def _by_kind(counts: dict[str, Any]) -> list[str]:
     """How often each kind of problem was met, the most frequent first."""
     known = {kind: n for kind, n in counts.items() if kind in PROBLEMS and is_number(n)}
-    return [plural(n, *PROBLEMS[kind]) for kind, n in sorted(known.items(), key=lambda item: -item[1])]
+    return [plural(int(n), *PROBLEMS[kind]) for kind, n in sorted(known.items(), key=lambda item: -item[1])]
 
 
 def _problem(problem: Any) -> str:
