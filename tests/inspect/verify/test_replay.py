@@ -25,6 +25,11 @@ def backward(*outputs):
     torch.autograd.backward(outputs, [torch.randn_like(y) for y in outputs])
 
 
+def clamped_unseen(x):
+    with torch.no_grad():
+        return x.clamp_(-1, 1)
+
+
 PROGRAMS = {
     "gradients go by the number of the output": lambda: backward(*torch.linalg.lu(leaf(5, 5))[1:]),
     "signs of singular vectors": lambda: backward(*torch.linalg.svd(leaf(3, 6, 5), full_matrices=False)),
@@ -42,6 +47,10 @@ PROGRAMS = {
     "windows that overlap": lambda: backward(leaf(8).as_strided((2, 2, 2), (1, 1, 1))),
     "a circular padding": lambda: backward(F.pad(leaf(1, 2, 4), (1, 2), "circular")),
     "slopes that were drawn": lambda: backward(F.rrelu(leaf(20), training=True)),
+    "a view clamped under no_grad": lambda: backward(clamped_unseen((leaf(6) * 1).view(2, 3)).exp()),
+    "slopes in place": lambda: backward(F.rrelu_(leaf(20) * 1, training=True)),
+    "slopes in place that were not drawn": lambda: backward(F.rrelu_(leaf(20) * 1)),
+    "slopes of a part": lambda: backward((F.rrelu_((x := leaf(20) * 1)[3:9], training=True), x)[1]),
     "slopes that were not": lambda: backward(F.rrelu(leaf(20))),
     "a scalar": lambda: backward(leaf().logcumsumexp(0), leaf().t(), leaf(3).t()),
     "a mask among the outputs": lambda: backward(F.multilabel_margin_loss(leaf(1, 4), torch.tensor([[3, 0, -1, 1]]))),

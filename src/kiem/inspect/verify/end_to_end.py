@@ -3,6 +3,7 @@ end."""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Set
 
@@ -29,7 +30,7 @@ from kiem.inspect.verify.judge import (
     usual_size,
 )
 from kiem.inspect.verify.meant import module_hook, surrogate
-from kiem.inspect.verify.numeric import derivative
+from kiem.inspect.verify.numeric import Derivative, derivative
 from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, changes_what_has_a_gradient, leading_to, widen
 from kiem.inspect.verify.slices import Slices
 
@@ -178,7 +179,10 @@ class _Whole:
     def _shake(self, x: torch.Tensor) -> torch.Tensor:
         return x * (1 + NOISE * self.random.like(x))
 
-    def numeric(self, directions: Tensors):
+    def _along(self, leaf: int, direction: torch.Tensor) -> Derivative:
+        return self.numeric({leaf: direction})
+
+    def numeric(self, directions: Tensors) -> Derivative:
         """The derivative of the loss along directions of leaves."""
 
         def phi(e: float) -> float:
@@ -232,8 +236,8 @@ class _Whole:
                     unit=unit,
                     direction=along,
                     number=number,
-                    numeric=lambda there, leaf=leaf: self.numeric({leaf: there}),
-                    sides=lambda leaf=leaf: self._sides(leaf),
+                    numeric=functools.partial(self._along, leaf),
+                    sides=functools.partial(self._sides, leaf),
                     independent=self.closed,
                     slices=slices.get(leaf),
                     roundings=2 * ROUNDINGS,  # forward and backward

@@ -127,7 +127,8 @@ class Noise:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The tensor, changed in place: the operation that made it must see the change in what it saved, too."""
-        if regular(tensor) and tensor.requires_grad:
+        # Of a view changed in place torch makes the node when it is asked for; register_hook alone crashes.
+        if regular(tensor) and tensor.requires_grad and (tensor.grad_fn is not None or tensor.is_leaf):
             tensor.register_hook(self._rounded)
         if tensor.is_floating_point() or tensor.is_complex():
             held = elements(tensor.data)
@@ -221,9 +222,13 @@ def _where(given: Evidence, kept: Tensor) -> Evidence:
         moved=None if given.moved is None else torch.where(kept, given.moved, 0.0),
         direction=direction,
         number=given.numeric(direction),
-        sides=lambda: tuple(torch.where(kept, side, 0.0) for side in given.sides()),
+        sides=lambda: _kept(kept, *given.sides()),
         slices=None,
     )
+
+
+def _kept(kept: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.where(kept, left, 0.0), torch.where(kept, right, 0.0)
 
 
 def _without_reference(result: InputVerdict, given: Evidence) -> None:
@@ -243,6 +248,7 @@ def _without_reference(result: InputVerdict, given: Evidence) -> None:
 
 def _by_reference(result: InputVerdict, given: Evidence) -> None:
     got, reference, unit, direction, number = given.got, given.reference, given.unit, given.direction, given.number
+    assert reference is not None and given.moved is not None  # judge() sends the others to _by_number
     tiny = 8 * torch.finfo(result.dtype).tiny
     moved = _with_neighbours(given.moved)
     allowed = unit * (moved + reference.abs())
@@ -290,8 +296,8 @@ def _between(got: Tensor, sides: tuple[Tensor, Tensor], slack: Tensor, size: Ten
     """Whether the gradient of an element jumps between the sides of its kink, and whether what was got lies between
     them; of complex numbers each part."""
     if got.is_complex() or any(side.is_complex() for side in sides):
-        got, *both = (torch.view_as_real(t.to(torch.complex128).resolve_conj()) for t in (got, *sides))
-        kinked, between = _between(got, tuple(both), slack[..., None], size)
+        got, left, right = (torch.view_as_real(t.to(torch.complex128).resolve_conj()) for t in (got, *sides))
+        kinked, between = _between(got, (left, right), slack[..., None], size)
         return kinked.any(-1), between.all(-1)
     low, high = torch.aminmax(torch.stack(sides), dim=0)
     kinked = (high - low) > 1e-4 * (high.abs() + low.abs() + size)
@@ -380,7 +386,14 @@ def _plainly_right(result: InputVerdict, given: Evidence) -> bool:
     """The same as `judge` for what is right, finite, smooth and of a fine type, in one pass over parts that fit a
     cache."""
     got, reference, unit, number = given.got, given.reference, given.unit, given.number
-    if reference is None or number.kink or given.slices or got.is_complex() or reference.is_complex():
+    if (
+        reference is None
+        or given.moved is None
+        or number.kink
+        or given.slices
+        or got.is_complex()
+        or reference.is_complex()
+    ):
         return False
     tiny = 8 * torch.finfo(result.dtype).tiny
     moved = _with_neighbours(given.moved)

@@ -50,6 +50,7 @@ def derivative(
         if one is best and one.error <= 1e-8 * scale and (one.kink or one.asymmetry <= 1e-4 * scale):
             break
         step /= 2**5
+    assert best is not None  # tries > 0
     return best
 
 

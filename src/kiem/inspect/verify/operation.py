@@ -87,9 +87,11 @@ class Function:
         given = {v: with_elements(self.recorded[v], t) for v, t in given.items()}
         given = {v: t.clone() for v, t in given.items()} if self.changes or self.called else dict(given)
         if self.called:
+            assert self.op.call is not None  # or it would not be called
             function, args, _ = self.op.call
             return list(flatten(function.apply(*with_tensors(args, self.recorded | given, wide=False))))
         if self.on_base:
+            assert self.op.base is not None
             whole, view = self.graph.value(self.op.base), self.graph.value(self.op.inputs[0][1])
             base = given[self.op.base]
             given[self.op.inputs[0][1]] = base.as_strided(view.shape, view.strides, view.offset - whole.offset)
@@ -195,6 +197,7 @@ class _Check:
         """The gradient of each input value; of a value that comes in twice, the sum."""
         positions = list(self.op.inputs)
         if self.on_base:
+            assert self.op.base is not None
             positions = [("self", self.op.base), *positions[1:]]
         edges, used = list(self.op.edges), set()
         got: dict[int, Tensor | None] = {}
@@ -202,9 +205,8 @@ class _Check:
         for number, (edge, grad) in enumerate(zip(step.edges, out, strict=False)):
             if edge is None:
                 continue
-            if self.on_base and number == 0:
-                match = 0
-            else:
+            match: int | None = 0
+            if not (self.on_base and number == 0):
                 match = next((j for j, e in enumerate(edges) if e == edge and j not in used), None)
             if match is None or (grad is None and self.call.partial):
                 continue  # autograd.grad asks only for what leads to its inputs
@@ -212,7 +214,8 @@ class _Check:
             name, value = positions[match]
             names[value] = f"{names[value]}, {name}" if value in names else name
             grad = None if grad is None else at_elements(widen(grad), self.recorded[value])
-            got[value] = grad if got.get(value) is None else got[value] if grad is None else got[value] + grad
+            before = got.get(value)
+            got[value] = grad if before is None else before if grad is None else before + grad
         return got, names
 
     def _reproduces(self) -> None:
@@ -364,6 +367,7 @@ class _Check:
                 arguments = {n: self._shake(x) for n, x in arguments.items()}
             call = rules.Call(arguments, self.op.attributes, tuple(outputs))
             call = dataclasses.replace(call, rounded=self._shake) if noise else call
+            assert self.rule is not None
             by_name = self.rule.vjp(call, tuple(cotangents))
         found: dict[int, Tensor] = {}
         for name, value in self.op.inputs:
@@ -436,7 +440,7 @@ class _Check:
         shapes = [t.shape for t in (*self.inputs.values(), *self.outputs)]
         numel = max(self.inputs[value].numel(), 1)
         if self.op.label == "convolution":  # a weight's gradient sums over all places of all examples
-            shapes.append((self.outputs[0].numel() // max(self.outputs[0].shape[1], 1),))
+            shapes.append(torch.Size((self.outputs[0].numel() // max(self.outputs[0].shape[1], 1),)))
         terms = max([1, *(size for shape in shapes for size in shape), *(math.prod(s) // numel for s in shapes)])
         accumulated = min(unit, 2.0**-23) / unit
         if self.op.label.rstrip("_") in ATOMIC and self.inputs[value].device.type != "cpu":
@@ -479,8 +483,8 @@ class _Check:
                 arrived=self.nonfinite_arrived,
             ),
         )
-        held = reference is not None and moved is not None and got is not None
-        if result.verdict == "wrong" and not result.nonfinite and held:
+        wrong = result.verdict == "wrong" and not result.nonfinite
+        if wrong and reference is not None and moved is not None and got is not None:
             others = [meant(near[value]) for near in map(self._near, range(JUMPS))]
             forgive_jumps(result, meant(got), meant(reference), moved, unit, others)
         if got is None:

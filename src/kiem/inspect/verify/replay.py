@@ -169,8 +169,9 @@ def _random(op: Op, tensors: Tensors, recorded: Tensors) -> tuple[torch.Tensor |
         return tensors[dict(op.inputs)["input"]] * kept.double() * scale, kept
     if (op.edges or op.parent is not None) and op.label in ("_standard_gamma", "_sample_dirichlet"):
         raise CannotReplay("its gradient goes through the sample, which is not drawn again")
-    if op.label == "rrelu_with_noise":
-        return (tensors[dict(op.inputs)["self"]] * _slope(op, tensors, recorded),)
+    if op.label in ("rrelu_with_noise", "rrelu_with_noise_"):
+        x, slope = tensors[dict(op.inputs)["self"]], _slope(op, tensors, recorded)
+        return (x.mul_(slope) if op.label.endswith("_") else x * slope,)
     missing = [v for v in op.outputs if v not in recorded]
     if missing or any(part in op.label for part in ("dropout", "rrelu", "scaled_dot_product", "_rnn")):
         raise CannotReplay("it is random and gives no mask to run it again with")
@@ -189,7 +190,7 @@ def _slope(op: Op, tensors: Tensors, recorded: Tensors) -> torch.Tensor:
         return torch.where(
             x > 0, 1.0, -torch.rrelu(-torch.ones_like(x), op.attributes["lower"], op.attributes["upper"])
         )
-    drawn = [recorded[v] for v in op.mutates if v in recorded]
+    drawn = [recorded[v] for v in op.mutates if v in recorded and v not in op.outputs]
     if not drawn:
         raise CannotReplay("its slopes were not kept")
     return drawn[0].to(x.dtype)
@@ -289,7 +290,9 @@ class Replay:
                 outputs: tuple[torch.Tensor | None, ...] = (self._frozen[op.outputs[0]],)
             elif op.kind == "op":
                 seen = tensors if noise is None or op.mutates else _Apart(tensors, self._uses, noise)
-                with torch.set_grad_enabled(torch.is_grad_enabled() and (op.grad_enabled or not op.mutates)):
+                # Under no_grad a change in place counts for nothing; in a Function's forward it is derived.
+                derived = op.grad_enabled or op.parent is not None or not op.mutates
+                with torch.set_grad_enabled(torch.is_grad_enabled() and derived):
                     outputs = run_op(op, seen, self.recorded, self.wide)
             else:
                 continue  # its children follow, and its outputs are found through them

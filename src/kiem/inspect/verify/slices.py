@@ -67,13 +67,13 @@ class Slices:
                 )  # fmt: skip
         if worst is None:
             return None
-        over, expected, got_, units, limit = worst
-        return Found(not over <= 1, best, expected, got_, units, limit)
+        furthest, *rest = worst
+        return Found(not furthest <= 1, best, *rest)
 
 
 def _weights(reference: Tensor) -> Tensor:
     size = reference.abs()
-    usual = size.square().mean().sqrt() if size.numel() else 0.0
+    usual = size.square().mean().sqrt() if size.numel() else size.new_zeros(())
     return reference / (size + usual).square().clamp_min(torch.finfo(torch.float64).tiny)
 
 

@@ -70,11 +70,9 @@ class Result:
         wrong, but something was not checked, or too coarsely to tell, or nothing was."""
         if self.wrong or self.wrong_parameters:
             return "wrong"
-        every = [*self.verdicts, *(v for _, v in self.parameters)]
         checked = any(v.verdict in ("ok", "kink") for v in self.verdicts)
-        missing = any(v.verdict == "coarse" for v in every) or any(
-            v.verdict == "unchecked" and not v.declared for v in self.verdicts
-        )
+        coarse = "coarse" in [v.verdict for v in self.verdicts] + [v.verdict for _, v in self.parameters]
+        missing = coarse or any(v.verdict == "unchecked" and not v.declared for v in self.verdicts)
         return "right" if checked and self.parameters and not missing and not self.gaps else "incomplete"
 
     @property
