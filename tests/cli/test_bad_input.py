@@ -150,7 +150,7 @@ CASES = [
     ("empty folder", ["prepare", "folder", "--tokenizer", "bytes"], 3, ["folder"]),
     ("binary text", ["train", "--data", "binary.bin", *TINY, *NEW], 3, ["binary.bin"]),
     ("shorter than a context", ["train", "--data", "short.txt", *TINY, *NEW], 3, ["short.txt", "context"]),
-    ("not UTF-8", ["train", "--data", "latin1.txt", *TINY, *NEW], 3, ["latin1.txt", "UTF-8"]),
+    ("not UTF-8", ["train", "--data", "latin1.txt", "data.on_bad_text=error", *TINY, *NEW], 3, ["latin1.txt"]),
     ("misspelt key for prepare", ["prepare", "folder", "data.tokeniser=bytes"], 2, ["data.tokeniser", "data.tokenizer"]),
     ("explain of nothing", ["explain", "nothing.py"], 2, ["nothing.py", "a Python file"]),
     ("verify of a text", ["verify", "short.txt"], 2, ["short.txt"]),
