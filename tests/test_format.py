@@ -14,6 +14,7 @@ from kiem.format import (
     percent_text,
     printable,
     seconds_text,
+    shortened,
 )
 
 CASES = [
@@ -67,6 +68,11 @@ def test_what_is_not_known_is_a_dash(write):
 def test_any_number_is_written_in_ascii(x):
     for write in (bytes_text, count_text, integer_text, number_text, percent_text, seconds_text):
         assert write(x).isascii() and write(x)
+
+
+def test_long_words_are_shortened():
+    text = "source " + "x" * 1001 + " is no file\n" + "y" * 1000
+    assert shortened(text) == "source " + "x" * 400 + "... (1001 characters) is no file\n" + "y" * 1000
 
 
 def test_printable_by_hand():

@@ -276,13 +276,14 @@ def _fork(
 
 def _prepare(config: RunConfig, quiet: bool) -> "Dataset":
     """The tokens of the configured text; what was held out of it and left out of it is said."""
+    from kiem.format import printable
     from kiem.report.facts import data_lines
     from kiem.training.progress import StatusLine
 
     with _counting(quiet) as progress:
         dataset = runs.prepared(config, progress)
     for text in data_lines(dataset.report):
-        StatusLine(not quiet).line(text)
+        StatusLine(not quiet).line(printable(text))
     return dataset
 
 

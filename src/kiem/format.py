@@ -1,6 +1,7 @@
 """How numbers and foreign text are written for people: one definition of each, in ASCII, without torch."""
 
 import math
+import re
 import unicodedata
 from typing import TypeGuard
 
@@ -106,6 +107,11 @@ def printable(text: str) -> str:
     newline and tab is shown as its escape ('\x1b', '\u202e'), so that it can neither move the cursor nor reorder text.
     """
     return "".join(c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs" else _escape(c) for c in text)
+
+
+def shortened(text: str) -> str:
+    """Text with words of more than 1,000 characters cut: a message quotes what was given, and stays readable."""
+    return re.sub(r"\S{1001,}", lambda word: f"{word[0][:400]}... ({len(word[0])} characters)", text)
 
 
 def _escape(c: str) -> str:

@@ -110,6 +110,7 @@ CASES = [
     # --- configuration: files
     ("a name that no file can have", ["plan", "x" * 5000], 2, ["xxx"]),
     ("text of a name that no file can have", ["train", "--data", "x" * 5000, *TINY, *NEW], 3, ["xxx"]),
+    ("other text of a name that no file can have", ["eval", "run", "--data", "1" * 5000], 3, ["(5000 characters)"]),
     ("no such file", ["plan", "nowhere.json"], 2, ["nowhere.json"]),
     ("nearest preset", ["plan", "gpt2-124mm"], 2, ["gpt2-124m"]),
     ("empty file", ["plan", "empty.json"], 2, ["empty.json", "empty"]),
@@ -165,6 +166,8 @@ CASES = [
     ("deep record", ["prepare", "deep.jsonl", "--tokenizer", "bytes"], 3, ["deep.jsonl", "nested"]),
     ("number of 6,000 digits", ["prepare", "digits.jsonl", "--tokenizer", "bytes"], 3, ["digits.jsonl", "a number"]),
     ("a weight for some sources", ["train", "--data", "text.txt=1", "--data", "afile", *TINY, *NEW], 2, ["afile", "every source a weight"]),
+    ("the whole file system", ["prepare", "/", "--tokenizer", "bytes"], 3, ["source /", "whole file system", "folders"]),
+    ("the kernel's files", ["prepare", "/proc", "--tokenizer", "bytes"], 3, ["/proc"]),
     ("a device", ["prepare", "/dev/null", "--tokenizer", "bytes"], 3, ["/dev/null", "device"]),
     ("a name of 300 letters", ["prepare", "text.txt", "--tokenizer", "n" * 300], 3, ["nnn"]),
     ("text of a name of 300 letters", ["prepare", "n" * 300, "--tokenizer", "bytes"], 3, ["nnn"]),

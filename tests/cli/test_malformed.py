@@ -18,7 +18,7 @@ import pytest
 CODES = {0, 1, 2, 3, 4, 5, 6, 7, 8}  # 1 is a program that failed, of explain and verify only
 LIMIT = 10.0  # seconds
 KINDS = ("config", "tokenizer", "run", "option", "data")
-COUNT = {"fast": 0, "slow": 100}  # of each kind
+COUNT = {"fast": 6, "slow": 100}  # of each kind
 
 MODEL = {"vocab_size": 300, "context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 1}
 WHOLE = {"model": MODEL, "data": {"sources": ["text.txt"], "tokenizer": "bytes"},
@@ -299,8 +299,8 @@ def server():
         return json.loads(process.stdout.readline())
 
     yield ask
-    process.stdin.close()
-    process.wait()
+    with process:  # closes its pipes, and it ends
+        pass
 
 
 @pytest.fixture(scope="module")

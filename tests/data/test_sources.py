@@ -249,6 +249,20 @@ def test_named_pipes_are_never_opened(tmp_path):
         read("/dev/null")
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs Linux's /proc")
+def test_files_of_the_operating_system_are_passed_over(tmp_path):
+    write(tmp_path / "a.txt", "text")
+    for name in ("proc", "sys", "dev"):
+        (tmp_path / name).symlink_to(f"/{name}")
+    found, problems = read(tmp_path)
+    assert list(found.values()) == ["text"]
+    assert problems == [
+        f"{tmp_path}/{n}: a folder of the operating system; passed over" for n in ("dev", "proc", "sys")
+    ]
+    with pytest.raises(DataError, match="whole file system"):
+        read("/")
+
+
 def test_a_folder_whose_name_looks_like_a_pattern_is_found(tmp_path):
     write(tmp_path / "[D] x" / "a.txt", "one")
     write(tmp_path / "D x" / "a.txt", "two")

@@ -127,6 +127,14 @@ def test_only_steps_without_a_record_are_lost(make_run):
     assert report["problems"] == ["metrics.jsonl has no record of steps 5 to 6: they are lost"]
 
 
+@pytest.mark.parametrize(("losses", "told"), [((3, 2, 2.5), True), ((3, 2.5, 2.51), False), ((3, 2, 1), False)])
+def test_a_held_out_loss_that_rises_is_told(make_run, records, losses, told):
+    evals = [records.evaluation(n, loss, 1.0) for n, loss in enumerate(losses, 1)]
+    report = build_report(make_run(metrics=[*(records.step(n, 4.0 - n) for n in (1, 2, 3)), *evals]))
+    words = "the held-out loss was lowest at step 2 (2.0000) and has risen to 2.5000: the model overfits"
+    assert [p.startswith(words) for p in report["problems"]] == [True] * told
+
+
 def test_not_a_run_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"is not a run folder: it has neither config\.yaml nor metrics\.jsonl"):
         build_report(tmp_path)

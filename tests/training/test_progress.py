@@ -175,6 +175,9 @@ def test_long_samples_are_shortened():
     lines = out.getvalue().splitlines()
     assert len(lines) == 14 and max(map(len, lines)) == 104
     assert lines[-1] == "  | ... 29 more lines in samples.jsonl"
+    out = io.StringIO()
+    Progress(1000, 10, stream=out).sample(SAMPLE | {"text": "line\n" * 13})
+    assert "... 1 more line in samples.jsonl" in out.getvalue()
 
 
 def test_dumb_terminals_and_old_encodings_get_plain_lines(monkeypatch):

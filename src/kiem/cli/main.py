@@ -14,7 +14,7 @@ from kiem.cli.inspect import explain, verify
 from kiem.cli.model import evaluate, generate
 from kiem.cli.train import plan, prepare, train
 from kiem.errors import ConfigError, KiemError, KiemWarning
-from kiem.format import printable
+from kiem.format import printable, shortened
 
 EXIT_CODES = """
 \b
@@ -100,13 +100,13 @@ def _run(given: list[str], as_json: bool) -> int:
 
 def _failed(problem: KiemError, as_json: bool) -> int:
     kind = "StorageError" if isinstance(problem, OutputError) else type(problem).__name__
-    message = "\n".join(map(printable, str(problem).split("\n")))  # it may quote a file's name or its contents
+    message = "\n".join(map(printable, shortened(str(problem)).split("\n")))  # it may quote a file
     word = "stopped" if kind == "Stopped" else "error"
     click.echo(
         click.style(f"{word}:", fg="yellow" if kind == "Stopped" else "red", bold=True) + f" {message}", err=True
     )
     if as_json:
-        print_json({"error": {"kind": kind, "message": str(problem), "exit_code": problem.exit_code}})
+        print_json({"error": {"kind": kind, "message": shortened(str(problem)), "exit_code": problem.exit_code}})
     return problem.exit_code
 
 

@@ -54,12 +54,13 @@ def train(target, overrides, quiet, as_json, **options) -> None:
     if as_json:
         print_json({"run": str(run.folder), "report": run.report})
         return
+    from kiem.report.facts import overfitting
     from kiem.report.summary import render_terminal
 
     report, folder = run.report, shlex.quote(str(run.folder))
     print_rich(render_terminal(report))
     click.echo(f"report: {run.folder / 'report.html'}\nsample: kiem generate {folder}")
-    if report.get("tokens"):
+    if report.get("tokens") and not overfitting(report):
         click.echo(f"train longer: kiem train {folder} tokens={2 * report['tokens']}")
 
 

@@ -90,6 +90,8 @@ def _found(path: str, given: Path, report: Report) -> list[tuple[str, Path]]:
             raise DataError(f"source {path}: the file is empty")
         return [(str(given), given)]
     if given.is_dir():
+        if given.resolve().parent == given.resolve():
+            raise DataError(f"source {path}: this is the whole file system: give the folders that hold your text")
         found = set(_walk(given, report))
         if not found:
             raise DataError(
@@ -161,6 +163,9 @@ def _walk(
     """Files below a folder that may be text; links are followed, but not in circles."""
     real = os.path.realpath(folder)
     if real in seen:
+        return
+    if real == "/dev" or f"{real}/".startswith(("/proc/", "/sys/")):  # reading some of these files never ends
+        report(Problem(str(folder), None, "a folder of the operating system", "passed over", "special"))
         return
     try:
         with os.scandir(folder) as scan:

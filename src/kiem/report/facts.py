@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from kiem.format import bytes_text, count_of, integer_text, number_text, percent_text, plural, seconds_text
+from kiem.format import bytes_text, count_of, integer_text, is_number, number_text, percent_text, plural, seconds_text
+
+RISE = 1.02  # of the lowest held-out loss: what is beyond it is no noise of the evaluation
 
 
 def headline(report: dict[str, Any]) -> str:
@@ -55,3 +57,15 @@ def data_lines(data: dict[str, Any]) -> Iterator[str]:
         f"({held_out['rule']})"
     )
     yield from data["notes"]
+
+
+def overfitting(report: dict[str, Any]) -> list[str]:
+    """What to say of a run whose held-out loss has risen since its lowest; empty if it has not."""
+    losses = [(e["loss"], e["step"]) for e in report["evaluations"] if is_number(e["loss"]) and is_number(e["step"])]
+    if len(losses) < 3 or losses[-1][0] <= RISE * min(losses)[0]:
+        return []
+    (lowest, step), last = min(losses), losses[-1][0]
+    return [
+        f"the held-out loss was lowest at step {integer_text(int(step))} ({lowest:.4f}) and has risen to {last:.4f}: "
+        "the model overfits. More text or a shorter run gives a better one"
+    ]

@@ -17,6 +17,7 @@ from kiem.files import plain, to_json, write_atomically
 from kiem.format import is_number, plural
 from kiem.planning.count import total_parameters
 from kiem.report.baselines import compression_baselines, is_python_corpus, parse_rates
+from kiem.report.facts import overfitting
 from kiem.report.page import render_page
 from kiem.report.read import Run, as_number, read_run, thin
 from kiem.report.schema import SCHEMA_VERSION
@@ -86,7 +87,7 @@ def _build(run: Run, dataset: "Dataset | None") -> dict[str, Any]:
         for key, values in mark["changed"].items()
         if isinstance(values, list) and len(values) == 2
     ]
-    report["problems"] = _shortened([*_worse_than_before(run), *run.problems])
+    report["problems"] = _shortened([*_worse_than_before(run), *overfitting(report), *run.problems])
     return plain(report)
 
 

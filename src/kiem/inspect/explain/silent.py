@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
+from kiem.format import plural
 from kiem.inspect.graph.model import Graph, Op, Source, Value
 
 MOST_LINES = 6  # of one kind
@@ -82,7 +83,8 @@ def _cuts(graph: Graph) -> Iterator[str]:
         lost = [graph.value(v) for v in above - got if graph.value(v).is_leaf and graph.value(v).requires_grad]
         yield text + (f"; no gradient: {_folded(lost)}" if lost else "")
     if len(cuts) > MOST_LINES:
-        yield f"{len(cuts) - MOST_LINES} more lines use tensors without their gradient"
+        more = len(cuts) - MOST_LINES
+        yield f"{plural(more, 'more line')} {'uses' if more == 1 else 'use'} tensors without their gradient"
 
 
 def _cut_here(graph: Graph, op: Op, needed: set[int]) -> Iterator[tuple[int, str]]:
