@@ -17,6 +17,7 @@ import pytest
 
 CODES = {0, 1, 2, 3, 4, 5, 6, 7, 8}  # 1 is a program that failed, of explain and verify only
 LIMIT = 10.0  # seconds
+LIMIT_OF_VERIFY = 60.0  # a configuration that stayed valid is verified, which compiles its model
 KINDS = ("config", "tokenizer", "run", "option", "data")
 COUNT = {"fast": 6, "slow": 100}  # of each kind
 
@@ -331,7 +332,7 @@ def test_malformed_input_has_one_message(server, template, tmp_path, monkeypatch
     shutil.copytree(template, tmp_path, dirs_exist_ok=True)
     r = random.Random(f"{kind} {seed}")
     arguments = MAKERS[kind](r, tmp_path)
-    done = server(tmp_path, arguments)
+    done = server(tmp_path, arguments, LIMIT_OF_VERIFY if arguments[0] == "verify" else LIMIT)
     told = (arguments, done)
     assert done["code"] in CODES, told
     assert "Traceback (most recent" not in done["err"] + done["out"], told
