@@ -31,7 +31,7 @@ WORDS = {
         "upsample_linear1d", "_trilinear",
     },
     "a sum over running indices": {
-        "prod", "cumsum", "cumprod", "logcumsumexp", "_cdist_forward", "multi_margin_loss",
+        "prod", "cumsum", "cumprod", "logcumsumexp", "_cdist_forward", "_euclidean_dist", "multi_margin_loss",
     },
     "an algorithm": {
         "mkldnn_rnn_layer", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "linalg_cholesky_ex", "glu",

@@ -163,6 +163,7 @@ CASES = [
     ("_convolution", (x(2, 4, 9), x(4, 1, 3), x(4), [2], [1], [1], False, [0], 4, False, False, False, False)),
     ("linalg_inv_ex", (x(2, 3, 3) + 3 * torch.eye(3),)), ("_linalg_det", (x(2, 3, 3),)), ("_linalg_slogdet", (x(2, 3, 3),)),
     ("_linalg_solve_ex", (x(3, 3) + 3 * torch.eye(3), x(3))), ("_linalg_solve_ex", (x(2, 3, 3) + 3 * torch.eye(3), x(2, 3, 4))), ("_linalg_solve_ex", (x(3, 3) + 3 * torch.eye(3), x(4, 3)), {"left": False}),
+    ("_euclidean_dist", (x(2, 4, 3), x(2, 5, 3))),
     ("linalg_cross", (x(2, 3), x(2, 3))), *(("_cdist_forward", (x(2, 4, 3), x(2, 5, 3), p, 2 if p != 2 else None)) for p in (1.0, 2.0, 3.0)),
     ("linalg_cholesky_ex", (x(3, 3),), {}, lambda a: torch.linalg.cholesky((a + a.mH) / 2 + 9 * torch.eye(3))),
     ("linalg_cholesky_ex", (x(3, 3),), {"upper": True}, lambda a, upper: torch.linalg.cholesky((a + a.mH) / 2 + 9 * torch.eye(3), upper=upper)),

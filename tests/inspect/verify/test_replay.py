@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kiem.inspect.trace import Trace
+from kiem.inspect.verify.ties import chooses
 
 
 def verdicts(program):
@@ -59,6 +60,8 @@ PROGRAMS = {
     "positions between pixels": lambda: backward(F.interpolate(leaf(2, 3, 7, 6), scale_factor=0.6, mode="bicubic")),
     "cells of a grid": lambda: backward(F.grid_sample(leaf(2, 3, 5, 9).bfloat16(), leaf(2, 9, 9, 2).bfloat16(),
                                                       align_corners=False)),
+    "windows drawn at random": lambda: backward(*(
+        F.fractional_max_pool2d(leaf(2, 3, 9, 9).bfloat16(), k, output_ratio=(0.5, 0.6)) for k in (2, 3, 4))),
     "a bounded logit": lambda: backward(torch.logit(leaf(50).sigmoid(), 0.2)),
 }  # fmt: skip
 
@@ -68,6 +71,68 @@ def test_a_right_gradient_is_called_right(name):
     operations, leaves, result = verdicts(PROGRAMS[name])
     assert operations and leaves and set(leaves) <= {"ok", "kink"}, result.notes
     assert {v.verdict for v in operations.values()} <= {"ok", "kink", "zero"}, [v.text for v in operations.values()]
+
+
+TIED = [3.0, -1.5, 3.0, -3.0, 0.5, -3.0]  # the largest twice, the smallest twice
+UNTIED = [1.0, -1.5, 3.0, -3.5, 0.5, -2.0]
+INDEX = torch.tensor([0, 1, 0, 1, 0, 1])
+
+
+EXTREMES = {
+    "amax": lambda x: x.amax(),
+    "amin of columns": lambda x: torch.stack((x, x), 1).amin(0),
+    "min": lambda x: x.min(),
+    "max": lambda x: x.max(),
+    "median": lambda x: x.median(),
+    "infinite norm": lambda x: torch.linalg.vector_norm(x, float("inf")),
+    "norm of order minus infinity": lambda x: torch.linalg.vector_norm(x[torch.tensor([0, 2, 3])], -float("inf")),
+    "index_reduce amax": lambda x: torch.zeros(2).to(x).index_reduce(0, INDEX, x, "amax", include_self=False),
+    "scatter_reduce amin": lambda x: torch.zeros(2).to(x).scatter_reduce(0, INDEX, x, "amin", include_self=False),
+    "maximum": lambda x: torch.maximum(x, x.flip(0)),
+    "max_pool": lambda x: F.max_pool1d(x[None, None], 3)[0, 0],
+}
+
+
+def gradients_times(factor, function, numbers, dtype):
+    """The verdict of the operation with ties, and what it is where its gradient is some times what it was."""
+    from kiem.inspect.verify.verifier import check_safely
+
+    x = torch.tensor(numbers, dtype=dtype, requires_grad=True)
+    state, checked = evidence(lambda: backward(function(x)))
+    with state.pause():
+        for call, step, op, into, out in checked:
+            if not chooses(op):
+                continue
+            wrong = tuple(None if g is None else g * factor for g in out)
+            yield check_safely(state.graph, call, op, step, state.kept.tensors, into, wrong).verdict
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("numbers", [TIED, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_ties_are_kinks_and_no_wrong_factor_hides_in_them(name, numbers, dtype):
+    right = list(gradients_times(1, EXTREMES[name], numbers, dtype))
+    assert right and set(right) <= ({"ok", "kink"} if dtype == torch.float32 else {"ok", "kink", "coarse"})
+    for factor in (2, 0.5, -1, 1.01 if dtype == torch.float32 else 1.5):
+        assert set(gradients_times(factor, EXTREMES[name], numbers, dtype)) == {"wrong"}, factor
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1, "ok"), (1.01, "wrong"), (-1, "wrong")])
+def test_distances_by_products_round_their_products(factor, verdict):
+    from kiem.inspect.verify.verifier import check_safely
+
+    a = torch.tensor([[-6.9]], requires_grad=True)
+    b = torch.tensor([[-1.8], [-4.3], [-2.4], [-7.9], [-6.8]], requires_grad=True)
+    state, checked = evidence(lambda: backward(torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")))
+    with state.pause():
+        for call, step, op, into, out in checked:
+            if op.label == "_euclidean_dist":
+                given = tuple(None if g is None else g * factor for g in out)
+                found = check_safely(state.graph, call, op, step, state.kept.tensors, into, given)
+                assert [i.verdict for i in found.inputs] == [verdict] * 2
+                return
+    raise AssertionError("no such operation was recorded")
 
 
 @pytest.mark.parametrize("function", [torch.linalg.pinv, torch.linalg.inv, torch.linalg.svdvals])

@@ -277,3 +277,22 @@ def cdist(c: Call, g: Tensor):
         slope = torch.zeros_like(d) if p == 0 else d.sign() * (d.abs() / y) ** (p - 1)
     slope = g[..., None] * torch.where(y == 0, 0.0, slope)
     return {"x1": slope.sum(-2), "x2": -slope.sum(-3)}
+
+
+@rule(
+    "_euclidean_dist",
+    forward="y[i,j] = √(aᵢ·aᵢ + bⱼ·bⱼ − 2 aᵢ·bⱼ)",
+    symbols={"x1": "a", "x2": "b", "0": "y"},
+    x1="Σ g · (aᵢ − bⱼ) / y over j",
+    x2="Σ g · (bⱼ − aᵢ) / y over i",
+    kink="at y = 0: 0",
+)
+def euclidean_distance(c: Call, g: Tensor):
+    a, b = c["x1"], c["x2"]
+    squares = c.rounded(a.square().sum(-1, keepdim=True)) + c.rounded(b.square().sum(-1, keepdim=True)).mT
+    y = (squares - 2 * c.rounded(a @ b.mT)).clamp_min(0).sqrt()
+    ratio = torch.where(y == 0, 0.0, g / y)
+    return {
+        "x1": c.rounded(a * ratio.sum(-1, keepdim=True)) - c.rounded(ratio @ b),
+        "x2": c.rounded(b * ratio.sum(-2).unsqueeze(-1)) - c.rounded(ratio.mT @ a),
+    }

@@ -13,7 +13,9 @@ from torch import Tensor
 from kiem.inspect.graph.model import Op
 
 # Whose outputs are kept, so that they can be found again.
-MANY_VALUED = {"_linalg_eigh", "_linalg_svd", "linalg_eig", "_linalg_eigvals"}
+MANY_VALUED = {"_linalg_eigh", "_linalg_svd", "linalg_eig", "_linalg_eigvals", *(
+    POOLED := {"fractional_max_pool2d": 2, "fractional_max_pool3d": 3}
+)}  # fmt: skip
 
 
 def as_it_was(op: Op, outputs: tuple[Tensor, ...], recorded: dict[int, Tensor]) -> tuple[Tensor, ...]:
@@ -74,6 +76,16 @@ def _order(values: Tensor, had: Tensor) -> Tensor:
             order.view(-1, n)[batch, row] = column
             distances[row, :] = distances[:, column] = torch.inf
     return order
+
+
+def taken_as_it_was(op: Op, args: tuple[Any, ...], recorded: dict[int, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """The result of a pooling over random windows, whose borders its own type rounds: what it took, by the recorded
+    places (..., one plane in a row). None if they were not kept, and for any other operation."""
+    places = recorded.get(op.outputs[1]) if op.label in POOLED and len(op.outputs) > 1 else None
+    if places is None:
+        return None
+    n = POOLED[op.label]
+    return args[0].flatten(-n).gather(-1, places.flatten(-n)).view(places.shape), places
 
 
 def cut_at_rank(op: Op, x: Tensor, kwargs: dict[str, Any], recorded: dict[int, Tensor]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from kiem.inspect.graph.model import BackwardCall, Graph
 from kiem.inspect.verify.directions import without_padding
 from kiem.inspect.verify.judge import (
     FINE,
-    JUMPS,
     NOISE,
     ROUNDINGS,
     Evidence,
@@ -246,7 +245,7 @@ class _Whole:
             )
             if result.verdict == "wrong" and not result.nonfinite:
                 got = at_elements(widen(self.got[leaf]), self.recorded[first])
-                near = [self.gradients(at=self._near(unit))[leaf] for _ in range(JUMPS)]
+                near = functools.partial(lambda unit, leaf: self.gradients(at=self._near(unit))[leaf], unit, leaf)
                 forgive_jumps(result, got, reference[leaf], moved, unit, near)
             if result.nonfinite:
                 result.verdict = "nonfinite"

@@ -25,7 +25,6 @@ from kiem.inspect.graph.stats import statistics
 from kiem.inspect.verify.directions import along_gradient, direction, structured
 from kiem.inspect.verify.judge import (
     FINE,
-    JUMPS,
     NOISE,
     Evidence,
     InputVerdict,
@@ -36,12 +35,13 @@ from kiem.inspect.verify.judge import (
     judge,
     repeats,
     rounded_few_times,
-)  # fmt: skip
+)
 from kiem.inspect.verify.meant import module_hook, surrogate
 from kiem.inspect.verify.numeric import Derivative, derivative, noisy_derivative
 from kiem.inspect.verify.precision import roundings_of_positions
 from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, leading_to, widen, with_tensors
 from kiem.inspect.verify.slices import Slices
+from kiem.inspect.verify.ties import chooses, compares_as_given, judge_together
 
 # On an accelerator these sum in the type itself, one element after the other.
 FEW = 32  # elements of which each is moved alone, where there is no reference
@@ -136,7 +136,7 @@ class _Check:
         self.graph, self.op, self.recorded = graph, op, recorded
         self.on_base = step.node.endswith("CopySlices") and op.base is not None
         self.rule = None if self.on_base or op.kind != "op" else rules.find(op.name)
-        self.random = Random(op.index)
+        self.random, self.chooses = Random(op.index), chooses(op)
         if any(value not in recorded for value in self._needed()):
             raise CannotReplay("its inputs were not kept")
         self.got, self.names = self._gradients(step, out)
@@ -334,7 +334,7 @@ class _Check:
         moved = noise or inputs is not None
         inputs, cotangents = inputs or self.inputs, self.cotangents
         if noise:
-            inputs = {v: self._shake(t) if v in self.got else t for v, t in inputs.items()}
+            inputs = {v: self._shake(t) if v in self.got and not self.chooses else t for v, t in inputs.items()}
             cotangents = [None if g is None else self._shake(g) for g in cotangents]
         if self.rule is not None:
             return self._by_rule(inputs, cotangents, moved, noise)
@@ -361,9 +361,9 @@ class _Check:
             inputs, outputs = {v: widen(x) for v, x in inputs.items()}, [widen(y) for y in outputs]
             inputs = {v: written_out(with_elements(self.recorded[v], x)) for v, x in inputs.items()}
             arguments = {n: inputs[v] for n, v in self.op.inputs}
-            if noise:
-                outputs = [self._shake(y) for y in outputs]
-            if noise and len(inputs) < len(arguments):  # one tensor is two arguments, each rounded by itself: x / x
+            shaken = noise and not self.chooses
+            outputs = [self._shake(y) for y in outputs] if shaken else outputs
+            if shaken and len(inputs) < len(arguments):  # one tensor is two arguments, each rounded by itself: x / x
                 arguments = {n: self._shake(x) for n, x in arguments.items()}
             call = rules.Call(arguments, self.op.attributes, tuple(outputs))
             call = dataclasses.replace(call, rounded=self._shake) if noise else call
@@ -417,6 +417,9 @@ class _Check:
                 raise CannotReplay(str(reason).splitlines()[0][:120]) from None
         moved, slices = self._moved(reference) if reference else ({}, {})
         results = [self._one(v, reference.get(v), moved.get(v), slices.get(v)) for v in self.got]
+        if self.wide:
+            off = {v: self._unit() * (moved[v] + reference[v].abs()) for v in moved}
+            judge_together(op, results, self.inputs, self.got, off, self.numeric)
         kinds = {r.verdict for r in results}
         worst = next((kind for kind in ("wrong", "nonfinite", "coarse", "kink") if kind in kinds), "ok")
         return Verdict(op.index, worst, "", results, closed, opaque=self.function.called)
@@ -484,14 +487,14 @@ class _Check:
             ),
         )
         wrong = result.verdict == "wrong" and not result.nonfinite
+        wrong = wrong and not compares_as_given(self.op, self.inputs.values())  # there nothing jumps
         if wrong and reference is not None and moved is not None and got is not None:
-            others = [meant(near[value]) for near in map(self._near, range(JUMPS))]
-            forgive_jumps(result, meant(got), meant(reference), moved, unit, others)
+            forgive_jumps(result, meant(got), meant(reference), moved, unit, lambda: meant(self._near()[value]))
         if got is None:
             result.got = None
         return result
 
-    def _near(self, _sample: int) -> Tensors:
+    def _near(self) -> Tensors:
         """The references a few roundings off."""
         moved = {v for v, x in self.inputs.items() if v in self.got and differentiable(x)}
         near = {v: rounded_few_times(self.inputs[v], self._unit(), self.random) for v in moved}

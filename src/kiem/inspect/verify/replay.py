@@ -15,17 +15,13 @@ import torch
 
 from kiem.inspect.graph.layouts import WITHOUT_FLOAT64
 from kiem.inspect.graph.model import Graph, Op, Ref, Value
-from kiem.inspect.verify.branches import as_it_was, cut_at_rank
+from kiem.inspect.verify.branches import as_it_was, cut_at_rank, taken_as_it_was
 from kiem.inspect.verify.float64 import WRITTEN_OUT, implementation, without_out
 from kiem.inspect.verify.judge import Noise
+from kiem.inspect.verify.ties import CHOOSING, REDUCING
 
 # Their backward looks for the elements that equal the result: noise on the result would leave none.
-COMPARING = frozenset(
-    {
-        "amax", "amin", "max", "min", "scatter_reduce", "median", "nanmedian", "aminmax", "linalg_vector_norm",
-        "multilabel_margin_loss_forward",  # gives a mask
-    }
-)  # fmt: skip
+COMPARING = CHOOSING | REDUCING | {"linalg_vector_norm", "multilabel_margin_loss_forward"}  # which gives a mask
 
 OVERWRITING = {"fill_", "zero_", "copy_"}
 
@@ -97,7 +93,8 @@ def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tu
         args = _with_its_memory(op, args, recorded)
     if wide and op.label == "linalg_pinv":
         kwargs = cut_at_rank(op, args[0], kwargs, recorded)
-    out = func(*args, **kwargs)
+    out = taken_as_it_was(op, args, recorded) if wide else None
+    out = func(*args, **kwargs) if out is None else out
     outputs = tuple(out) if isinstance(out, list | tuple) else (out,)
     if wide:
         outputs = as_it_was(op, outputs, recorded)
