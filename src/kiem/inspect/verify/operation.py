@@ -361,8 +361,7 @@ class _Check:
             inputs, outputs = {v: widen(x) for v, x in inputs.items()}, [widen(y) for y in outputs]
             inputs = {v: written_out(with_elements(self.recorded[v], x)) for v, x in inputs.items()}
             arguments = {n: inputs[v] for n, v in self.op.inputs}
-            shaken = noise and not self.chooses
-            outputs = [self._shake(y) for y in outputs] if shaken else outputs
+            outputs = [self._shake(y) for y in outputs] if (shaken := noise and not self.chooses) else outputs
             if shaken and len(inputs) < len(arguments):  # one tensor is two arguments, each rounded by itself: x / x
                 arguments = {n: self._shake(x) for n, x in arguments.items()}
             call = rules.Call(arguments, self.op.attributes, tuple(outputs))
@@ -486,8 +485,7 @@ class _Check:
                 arrived=self.nonfinite_arrived,
             ),
         )
-        wrong = result.verdict == "wrong" and not result.nonfinite
-        wrong = wrong and not compares_as_given(self.op, self.inputs.values())  # there nothing jumps
+        wrong = result.verdict == "wrong" and not (result.nonfinite or compares_as_given(self.op, self.inputs.values()))
         if wrong and reference is not None and moved is not None and got is not None:
             forgive_jumps(result, meant(got), meant(reference), moved, unit, lambda: meant(self._near()[value]))
         if got is None:
