@@ -19,7 +19,7 @@ CODES = {0, 1, 2, 3, 4, 5, 6, 7, 8}  # 1 is a program that failed, of explain an
 LIMIT = 10.0  # seconds
 LIMIT_OF_VERIFY = 60.0  # a configuration that stayed valid is verified, which compiles its model
 KINDS = ("config", "tokenizer", "run", "option", "data")
-COUNT = {"fast": 6, "slow": 100}  # of each kind
+COUNT = {"fast": 2, "slow": 100}  # of each kind
 
 MODEL = {"vocab_size": 300, "context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 1}
 WHOLE = {"model": MODEL, "data": {"sources": ["text.txt"], "tokenizer": "bytes"},
