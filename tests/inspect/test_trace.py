@@ -144,7 +144,7 @@ def test_in_a_notebook_nothing_of_the_program_becomes_html():
 
 def test_str_is_the_summary(recorded):
     text = str(recorded[0])
-    assert "recorded program" in text and "backward 0 of loss" in text and "dL/dnet.2.bias" in text
+    assert "recorded program" in text and "backward pass 1 from loss" in text and "dL/dnet.2.bias" in text
 
 
 def test_an_empty_recording():

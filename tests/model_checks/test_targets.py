@@ -95,7 +95,7 @@ BAD = {  # target: (files, arguments, what the message says)
     "broken.py": ({"broken.py": "x = = 1"}, [], "broken.py:1: is not valid Python"),
     "noise.dat": ({"noise.dat": "\0\1 ((( "}, [], "neither a Python program nor a configuration"),
     "book.ipynb": ({"book.ipynb": "{}"}, [], "is a notebook"),
-    "part.yaml": ({"part.yaml": "emb_dim: 3"}, [], "the model is not whole"),
+    "part.yaml": ({"part.yaml": "emb_dim: 3"}, [], "the model section is incomplete"),
     "gpt2-124m": ({}, ["x"], "takes no arguments, given: x"),
     "empty": ({"empty/x": ""}, [], "has no config.yaml"),
     "job.py:main": ({}, [], "write job:main"),

@@ -218,6 +218,8 @@ def substituted(rule: Rule, call: Call, argument: str, g: Tensor | float | None 
     """The derivative's formula with numbers, as `0.9183 · (1 − 0.9183)`; None unless every letter in it is a scalar.
     g: the gradient that arrives; None writes dy/dx without it."""
     text = formula(rule, call, argument)
+    if _scalar(_argument(call, argument)) is None:
+        return None
     if g is None:
         text = re.sub(r"\bg · ", "", text)
     numbers: dict[str, float] = {}

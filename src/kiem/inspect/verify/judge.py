@@ -357,6 +357,8 @@ def forgive_jumps(
     got, low = _real(got), _real(reference)
     high, right = low, (got - low).abs() <= slack
     outside = int((~right).sum())
+    if not outside:
+        return  # a sum over a slice, or the number, says that it is wrong: that is no jump of an element
     while outside:
         for _ in range(JUMPS):
             sample = _real(near())
