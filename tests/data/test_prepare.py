@@ -370,7 +370,7 @@ def test_two_processes_do_not_disturb_each_other(tmp_path, many_shards):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc for a process's peak memory")
-@pytest.mark.parametrize("kind", ["text", "jsonl"])
+@pytest.mark.parametrize("kind", ["text", pytest.param("jsonl", marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_text(tmp_path, kind):
     """T17. If the text or its tokens were kept, the larger one would add at least 36 MB to about 80."""
     line = "The quick brown fox jumps over the lazy dog, and the cost of one more line is the same.\n"

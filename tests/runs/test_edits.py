@@ -125,6 +125,6 @@ def test_an_edit_is_recorded_or_refused_with_a_way(kiem, run, place, key):
     assert key in err
     assert checkpoint.newest_first(run)[0] == newest and (run / "metrics.jsonl").read_bytes() == log
     fork = re.search(r"kiem (train run --fork run-2.*)", err)
-    assert fork or any(way in err for way in ("start a new run", "longer, not shorter", "keep one"))
+    assert fork or any(way in err for way in ("start a new run", "longer, not shorter", "keep one", "remove it"))
     if fork and not key.startswith("data."):
         assert kiem(*shlex.split(fork[1]), "-q")[0] == 0
