@@ -80,8 +80,8 @@ def test_right_models_agree_in_every_way(name, init, monkeypatch):
         only(result)
         assert result.ok
         assert [row.name for row in result.rows] == [n for n in NAMES if n != "compiled"]
-        # Kernels add up in orders of their own: how near to its bound a right model comes is the processor's affair.
-        assert all(0 < row.units <= row.bound and row.loss_units <= row.bound for row in result.rows)
+        # Of 240 models on three kinds of kernels the worst came to 0.35 of its bound.
+        assert all(0 < row.units < row.bound / 2 and row.loss_units < row.bound / 2 for row in result.rows)
         assert result.rows[0].loss == pytest.approx(result.loss, rel=1e-6)
 
 

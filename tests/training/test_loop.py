@@ -58,7 +58,7 @@ def test_a_sample_of_everything_is_the_whole(small):
 
 def test_a_run_that_diverged_does_not_just_say_finished(small):
     """Too few steps for it to be stopped: G9, I7."""
-    folder = small(steps=30, lr=10.0, matrix_lr=10.0, max_grad_norm=0.0, warmup_tokens=0, stop_on_divergence=False)
+    folder = small(steps=10, lr=10.0, matrix_lr=10.0, max_grad_norm=0.0, warmup_tokens=0, stop_on_divergence=False)
     end = read_metrics(folder / "metrics.jsonl")[-1]
     assert end["kind"] == "end" and "nothing was learned" in end["warning"] and "diverged" in end["warning"]
     assert end["warning"] in json.loads((folder / "report.json").read_text())["problems"]

@@ -5,8 +5,10 @@ another. Where that one differs from the reference itself, agreeing with it is e
 where it is made.
 
 Bounds. An algorithm that is stable errs as if each number in it had been rounded a few times. The reference is made
-again with every weight and every tensor kept for backward changed by relative noise of 2^-26, which shows how far one
-rounding moves the loss and each gradient element: `moved`. One unit is the precision of the data type times
+again with every weight and everything that an operation gives, forward and backward, changed by relative noise of
+2^-26, which shows how far one rounding of each moves the loss and each gradient element: `moved`. (Noise on what
+forward keeps is not enough: the gradient of a key bias is a sum that cancels to zero, and its roundings are those of
+backward.) One unit is the precision of the data type times
 (|gradient| + moved). Allowed are 8 units; and for sums of n terms, kept in float32 at least in 16 parts, sqrt(n) / 4 of
 float32's units. Nothing here is a setting.
 
@@ -17,14 +19,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kiem import runtime
 from kiem.config.run import TrainConfig
@@ -230,16 +234,7 @@ class _Comparing:
         loss_squares = 0.0
         for _ in range(REPEATS):
             weights = {name: self._shaken(w.double()) for name, w in self.weights.items()}
-            own = {w.untyped_storage().data_ptr() for w in weights.values()}
-
-            def pack(tensor: Tensor, own=own) -> Tensor:
-                """In place: as with a rounding, what comes after it in forward sees it too."""
-                if tensor.dtype == torch.float64 and tensor.untyped_storage().data_ptr() not in own:
-                    with suppress(RuntimeError):  # elements that share memory
-                        tensor.data.copy_(self._shaken(tensor.data))
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            with _Rounding(self._shaken):
                 loss, gradients = self._evaluate(REFERENCE, weights)
             loss_squares += ((loss - self.loss) / NOISE) ** 2 / REPEATS
             for name, g in gradients.items():
@@ -338,6 +333,23 @@ class _Comparing:
 def _unfuse(layer: nn.Module) -> None:
     """A layer that somebody watches is called as it stands, in no fused operation (model/layers.py)."""
     layer.register_forward_hook(lambda *_: None)
+
+
+class _Rounding(TorchDispatchMode):
+    """Everything that an operation gives, forward and backward, passes through `rounded`; views and what is written in
+    place are no new numbers."""
+
+    def __init__(self, rounded: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self._rounded = rounded
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        results = given if isinstance(given, tuple) else (given,)
+        for result, returned in zip(results, func._schema.returns, strict=False):
+            if returned.alias_info is None and isinstance(result, Tensor) and result.dtype == torch.float64:
+                result.copy_(self._rounded(result))
+        return given
 
 
 class _NoUpdate(torch.optim.Optimizer):
