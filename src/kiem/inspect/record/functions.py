@@ -120,10 +120,8 @@ class FunctionCalls:
             inner = self._table.seen(tensor)
             value = self._table.new(tensor, op.index, i)
             if inner is not None and op.kind != "compiled":  # whose kernels write to what was seen before
-                made = self._state.graph.value(inner)
-                value.stats, value.data, value.base = made.stats, made.data, made.base
-            else:
-                self._table.describe(value, tensor)
+                value.base = self._state.graph.value(inner).base
+            self._table.describe(value, tensor)  # anew: a kernel or numpy may have written what nobody saw
             yield value.index
 
 

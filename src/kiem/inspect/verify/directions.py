@@ -23,10 +23,10 @@ def direction(op: Op, argument: str, x: Tensor, random: Random) -> Tensor:
     """Random, of the size of what it is added to, and of its structure where the operation reads only part of it."""
     along = random.like(x)
     along *= usual_size(x)
-    return _meant(op, argument, x, along)
+    return meant_part(op, argument, x, along)
 
 
-def _meant(op: Op, argument: str, x: Tensor, along: Tensor) -> Tensor:
+def meant_part(op: Op, argument: str, x: Tensor, along: Tensor) -> Tensor:
     """The part of a direction along which the operation's gradient is meant."""
     if STRUCTURE.get((op.label, argument)) == "normalised":
         return along - (x.exp() * along).sum(-1, keepdim=True)
@@ -47,7 +47,7 @@ def along_gradient(op: Op, argument: str, x: Tensor, gradient: Tensor, parts: bo
         chosen = (torch.arange(rows, device=x.device) >> bit) % 2
         for half in (chosen, 1 - chosen):
             ways.append(along * half.view(-1, *[1] * (x.dim() - 1)).to(x.dtype))
-    return [_meant(op, argument, x, way) for way in ways if bool(way.any())]
+    return [meant_part(op, argument, x, way) for way in ways if bool(way.any())]
 
 
 def structured(op: Op, argument: str, tensor: Tensor) -> Tensor:
@@ -61,6 +61,11 @@ def structured(op: Op, argument: str, tensor: Tensor) -> Tensor:
             part.diagonal(dim1=-2, dim2=-1).imag.zero_()
         return part
     return tensor
+
+
+def taken(op: Op, argument: str, x: Tensor) -> Tensor:
+    """An argument as the operation takes it: its gradient is that of the operation of this, whatever else it holds."""
+    return x.log_softmax(-1) if STRUCTURE[op.label, argument] == "normalised" else structured(op, argument, x)
 
 
 def without_padding(op: Op, argument: str, direction: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from kiem.inspect.graph.layouts import WITHOUT_FLOAT64
 from kiem.inspect.graph.model import Graph, Op, Ref, Value
 from kiem.inspect.verify.branches import as_it_was, cut_at_rank, taken_as_it_was
+from kiem.inspect.verify.directions import STRUCTURE, taken
 from kiem.inspect.verify.float64 import WRITTEN_OUT, implementation, without_out
 from kiem.inspect.verify.judge import Noise
 from kiem.inspect.verify.ties import CHOOSING, REDUCING
@@ -70,6 +71,9 @@ def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tu
     func, args, kwargs = op.call
     if op.random:
         return _random(op, tensors, recorded)
+    if op.label.startswith(("empty", "new_empty")) and op.outputs[0] in recorded:  # since written to by what nobody saw
+        held = recorded[op.outputs[0]]
+        return ((widen(held) if wide else held).clone(),)
     args, kwargs = with_tensors(args, tensors, wide), with_tensors(kwargs, tensors, wide)
     if op.label == "detach":
         return (args[0].view_as(args[0]),)
@@ -258,6 +262,7 @@ class Replay:
         self.cut = cut
         self._indices = {op.index for op in self.ops}
         self._frozen: Tensors = {}  # what a detach gave: a constant
+        self._beside: Tensors = {}  # what an argument holds beside what is taken of it, a constant as well
         self._uses = Counter(value for op in self.ops for _, value in op.inputs)
 
     @functools.cached_property
@@ -287,6 +292,7 @@ class Replay:
                 outputs: tuple[torch.Tensor | None, ...] = (self._frozen[op.outputs[0]],)
             elif op.kind == "op":
                 seen = tensors if noise is None or op.mutates else _Apart(tensors, self._uses, noise)
+                seen = self._as_taken(op, seen) if self.cut and noise is None and not torch.is_grad_enabled() else seen
                 # Under no_grad a change in place counts for nothing; in a Function's forward it is derived.
                 derived = op.grad_enabled or op.parent is not None or not op.mutates
                 with torch.set_grad_enabled(torch.is_grad_enabled() and derived):
@@ -310,6 +316,11 @@ class Replay:
         if value.base is not None or output.shape != value.shape or output.stride() == value.strides:
             return output
         return torch.empty_strided(value.shape, value.strides, dtype=output.dtype, device=output.device).copy_(output)
+
+    def _as_taken(self, op: Op, tensors: Tensors) -> Tensors:
+        """Arguments for a derivative by number: a matrix of which one triangle is read counts as symmetric."""
+        changed = {v: taken(op, name, tensors[v]) for name, v in op.inputs if (op.label, name) in STRUCTURE}
+        return tensors | {v: x + self._beside.setdefault(v, tensors[v] - x) for v, x in changed.items()}
 
     def _blank(self, index: int) -> torch.Tensor:
         """In place of a tensor of which nothing is left to read."""
