@@ -152,13 +152,14 @@ def _chains(trace: Any, leaves: tuple[str, ...], call: int) -> tuple[int, list]:
     """The backward call to show and its chains: to `leaves`, or to all where they are few and small. What a program
     did not come to because it failed is no mistake of the user's: its failure is told instead."""
     from kiem.errors import ConfigError
+    from kiem.inspect.explain.numbering import numbered, with_number
 
-    calls = len(trace.graph.backwards)
+    index = -1 if call == -1 else with_number(trace.graph, call)
     try:
-        if call != -1 and not 1 <= call <= calls:
+        if index is None:
+            calls = sum(one.times for one in numbered(trace.graph))
             made = f"{calls} backward call{'s' if calls != 1 else ''}"
             raise ConfigError(f"--call {call}: the program made {made}, counted from 1; -1 is the last")
-        index = call - 1 if call > 0 else call
         return index, [trace.explain(name, index).chain for name in leaves] or trace.small_chains(index)
     except ConfigError:
         if trace.graph.failure is None:

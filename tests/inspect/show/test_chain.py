@@ -121,7 +121,7 @@ def test_the_summary_counts():
     assert numbers["saved_bytes"] == 4 * (6 + 8)
     shown = text(program_text.print_summary, recorder.graph)
     assert "ran" in shown and re.search(
-        r"loop body \(lines \d+ to \d+ of .*test_chain.py\) ran 3 times; first shown", one_line(shown)
+        r"loop body \(lines \d+ to \d+ of .*test_chain.py\) ran 4 times; first 2 shown", one_line(shown)
     )
 
 

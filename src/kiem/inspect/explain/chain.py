@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kiem.errors import KiemError
+from kiem.inspect.explain.numbering import Ran, numbered, numbers_text
 from kiem.inspect.graph.model import BackwardCall, Gradient, Graph, Op, Source, Step, Value
 from kiem.inspect.rules import Call, Rule, find, formula, local_derivative, substituted
 
@@ -153,12 +154,13 @@ class _Way:
 
     def _notes(self) -> Iterator[str]:
         graph, call = self.graph, self.call
-        passes = next((r.times for r in graph.repeats if r.first < call.after_op <= r.last + 1), 1)
-        if passes > 1:
-            yield f"this step ran {passes} times with the same operations: the first time is shown"
-        others = [c for c in graph.backwards if not c.partial and self.leaf in c.leaf_grads]
-        if len(others) > 1 and not call.partial:
-            yield f"{len(others)} backward calls gave it a gradient: this is that of the call at {call.source} alone"
+        every = numbered(graph)
+        shown = next((one for one in every if one.call is call), Ran(call, 1))
+        if shown.times > 1:
+            yield f"backward {numbers_text([shown])} ran the same operations: pass {shown.number} is shown"
+        others = sum(one.times for one in every if not one.call.partial and self.leaf in one.call.leaf_grads)
+        if others > 1 and not call.partial:
+            yield f"{others} backward passes gave it a gradient: this is the gradient of pass {shown.number} alone"
 
     def _step(self, number: int, step: Step) -> ChainStep:
         op = None if step.op is None else self.graph.op(step.op)

@@ -26,7 +26,7 @@ class Signature:
     random: bool
     detaches: bool
     makes: bool  # a new tensor from Python's numbers
-    asks: bool  # of what kind a tensor is (its sizes, its layout), not what it holds
+    asks: bool  # of what kind a tensor is (its sizes, its layout), not what it holds; or a profiler's marker
 
     def bound(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Arguments by name, in the order of the schema."""
@@ -70,7 +70,7 @@ def signature(func: Any) -> Signature:
         defaults=tuple((a.name, a.default_value) for a in arguments if a.has_default_value()),
         random=torch.Tag.nondeterministic_seeded in func.tags,
         makes=func is torch.ops.aten.lift_fresh.default,
-        asks=func.namespace == "prim" or func.__name__.split(".")[0] in ASKING,
+        asks=func.namespace in ("prim", "profiler") or func.__name__.split(".")[0] in ASKING,
         detaches=func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default),
     )
 

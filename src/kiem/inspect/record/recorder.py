@@ -87,6 +87,7 @@ class Recorder(TorchDispatchMode):
     def _pass_ended(self) -> None:
         """An outermost backward call is over."""
         self._without_gradient.clear()
+        self.table.note_gradients()
         self._folder.pass_ended()
 
     # -- operations ----------------------------------------------------------------------------------------------------

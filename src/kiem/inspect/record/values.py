@@ -41,6 +41,7 @@ class ValueTable:
         self._objects: dict[int, _Seen] = {}
         self._places: dict[tuple, _Seen] = {}
         self._leaves: dict[int, tuple[weakref.ref, int]] = {}
+        self._gradients: dict[int, int] = {}  # of what is in a leaf's `.grad` after a backward call: the leaf's value
         self.writer: dict[int, tuple[int | None, int | None]] = {}  # storage -> the op and value that changed it last
         self._named: set[tuple[int, int]] = set()
 
@@ -91,6 +92,9 @@ class ValueTable:
         value = self.new(tensor, writer, -1 if writer is not None else 0)
         value.base = written
         self.describe(value, tensor)
+        leaf = self._gradients.get(id(tensor))
+        if leaf is not None and value.producer is None and (name := self.graph.value(leaf).name):
+            value.name = f"{name}.grad"
         return value.index
 
     def describe(self, value: Value, tensor: torch.Tensor) -> None:
@@ -173,6 +177,12 @@ class ValueTable:
         known = self._leaves.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else None
 
+    def note_gradients(self) -> None:
+        """Remember which tensors are the gradients of leaves now, to name them if the program reads them."""
+        alive = ((reference(), value) for reference, value in self._leaves.values())
+        held = ((leaf.grad, value) for leaf, value in alive if leaf is not None)
+        self._gradients = {id(gradient): value for gradient, value in held if gradient is not None}
+
     def name_locals(self, frame) -> None:
         """Give values the names that the variables of the user's frame have for them."""
         if frame is None or (id(frame), frame.f_lineno) in self._named:
@@ -198,6 +208,7 @@ class ValueTable:
         }
         leaves = ((i, t, gone.get(v, v)) for i, (t, v) in self._leaves.items() if t() is not None)
         self._leaves = {i: (t, v) for i, t, v in leaves if v is not None}
+        self._gradients = {i: now for i, v in self._gradients.items() if (now := gone.get(v, v)) is not None}
         self._storages = {i: known for i, known in self._storages.items() if not known[0].expired()}
         living = {known[1].index for known in self._storages.values()}
         self._places = {p: known for p, known in self._places.items() if p[0] in living and known.value not in gone}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kiem.files import plain
+from kiem.inspect.explain.numbering import numbered, numbers_text
 from kiem.inspect.graph.model import BackwardCall, Gradient, Graph, Op, Source, Stats, Value
 from kiem.inspect.graph.model import plain as attribute
 from kiem.inspect.rules.table import Call, find, formula
@@ -31,7 +32,7 @@ def document(graph: Graph, title: str, result: Result | None = None) -> dict[str
             "explanation": failure.explanation},
         "values": [_value(graph, v, saved_by) for v in graph.values],
         "ops": [_op(graph, op) for op in graph.ops],
-        "backwards": [_backward(graph, call) for call in graph.backwards],
+        "backwards": [_backward(graph, one.call) | {"numbers": numbers_text([one])} for one in numbered(graph)],
         "repeats": [{"first": r.first, "last": r.last, "times": r.times} for r in graph.repeats],
         "verdicts": None if result is None else _verdicts(result),
     })  # fmt: skip

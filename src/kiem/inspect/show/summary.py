@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, islice
 
 from rich.console import Console
 
-from kiem.format import bytes_text
+from kiem.format import bytes_text, integer_text
 from kiem.inspect.explain.chain import arguments, called, tensors
-from kiem.inspect.graph.model import BackwardCall, Graph, Repeat, Source, Step
+from kiem.inspect.explain.numbering import Ran, alike, numbered, numbers_text
+from kiem.inspect.graph.model import BackwardCall, Graph, Repeat, Step
 from kiem.inspect.show.terminal import Say, block, count_text, gradient_text
 
 MOST_LINES = 120  # operations, tensors
 MOST_STEPS = 24  # that are shown one by one, unless all are asked for
-MOST_CALLS = 3  # backward calls of one line
+MOST_CALLS = 3  # backward calls that do the same, whose gradients are shown
+MOST_GROUPS = 24  # backward calls that differ
+MOST_LEAVES = 12  # gradients of one backward call
 
 
 def totals(graph: Graph) -> dict[str, int]:
@@ -25,7 +27,7 @@ def totals(graph: Graph) -> dict[str, int]:
     saved = [{graph.value(v).storage for op in one.ops for v in op.saved} - leaves.keys() for one in graph.passes]
     return {
         "operations": len(graph.ops), "tensors": len(graph.values), "leaves": len(leaves),
-        "leaf_elements": sum(leaves.values()), "backward_calls": len(graph.backwards),
+        "leaf_elements": sum(leaves.values()), "backward_calls": sum(one.times for one in numbered(graph)),
         "saved_bytes": max((sum(graph.storages[s].nbytes for s in step) for step in saved), default=0),
     }  # fmt: skip
 
@@ -37,31 +39,42 @@ def print_summary(graph: Graph, console: Console) -> None:
         f"{count_text(numbers['tensors'], 'tensor')}, {count_text(numbers['leaves'], 'leaf tensor')} with "
         f"requires_grad=True ({count_text(numbers['leaf_elements'], 'element')})")  # fmt: skip
     say("", f"saved for backward: {bytes_text(numbers['saved_bytes'])} (each storage once, without parameters)")
-    shown: Counter[Source] = Counter()
-    for number, call in enumerate(graph.backwards, 1):
-        shown[call.source] += 1
-        if shown[call.source] > MOST_CALLS:
-            continue
-        inside = ", inside another one" if call.nested else ""
-        kind = "autograd.grad, pass" if call.partial else "backward pass"
-        of = " and ".join(called(graph, v) for v in call.roots) or "?"
-        say(f"{kind} {number}", f" from {of}{inside}: {count_text(len(call.steps), 'node')}, "
-            f"{count_text(len(call.leaf_grads), 'gradient')}  {call.source}")  # fmt: skip
-        for value, gradient in list(call.leaf_grads.items())[:12]:
-            say("", f"  dL/d{graph.title(value)} = {gradient_text(gradient)}")
-        if len(call.leaf_grads) > 12:
-            say("", f"  … {len(call.leaf_grads) - 12} more")
-    for line, count in shown.items():
-        if count > MOST_CALLS:
-            say("", f"… {count_text(count - MOST_CALLS, 'more backward call')} from {line}")
+    groups = alike(graph)
+    for group in groups[:MOST_GROUPS]:
+        _print_passes(graph, group, say)
+    if len(groups) > MOST_GROUPS:
+        say("", f"… {count_text(len(groups) - MOST_GROUPS, 'more backward call')} that differ")
     for repeat in graph.repeats:
-        say("loop body", f" ({_lines(graph, repeat)}) ran {repeat.times} times; first shown")
+        kept = next((g for g in groups if any(repeat.first < r.call.after_op <= repeat.last + 1 for r in g)), [])
+        times = max(repeat.times, sum(one.times for one in kept))
+        shown = "first shown" if len(kept) < 2 else f"first {len(kept)} shown"
+        say("loop body", f" ({_lines(graph, repeat)}) ran {integer_text(times)} times; {shown}")
     for note in graph.notes:
         say("note", f": {note}")
     if graph.failure is not None:
         say(f"{graph.failure.kind}", f": {graph.failure.message}  {graph.failure.source or ''}", style="bold red")
         if graph.failure.explanation:
             say("", graph.failure.explanation)
+
+
+def _print_passes(graph: Graph, group: list[Ran], say: Say) -> None:
+    """Backward calls that do the same: what they are, and the gradients of the first ones."""
+    call, many = group[0].call, sum(one.times for one in group) > 1
+    kind = "autograd.grad," if call.partial else "backward"
+    of = " and ".join(called(graph, v) for v in call.roots) or "?"
+    inside = ", inside another one" if call.nested else ""
+    say(f"{kind} {numbers_text(group)}", f" from {of}{inside}: {count_text(len(call.steps), 'node')}, "
+        f"{count_text(len(call.leaf_grads), 'gradient')}{' each' if many else ''}  {call.source}")  # fmt: skip
+    by_leaf = zip(*(one.call.leaf_grads.items() for one in group[:MOST_CALLS]), strict=False)
+    for gradients in islice(by_leaf, MOST_LEAVES):
+        first, *later = (gradient_text(gradient) for _, gradient in gradients)
+        common = f"{first.partition(' with norm ')[0]} with norm "
+        told = ", then ".join([first, *(text.removeprefix(common) for text in later)])
+        say("", f"  dL/d{graph.title(gradients[0][0])} = {told}")
+    if len(call.leaf_grads) > MOST_LEAVES:
+        say("", f"  … {len(call.leaf_grads) - MOST_LEAVES} more")
+    if len(group) > MOST_CALLS:
+        say("", f"  … and of {count_text(len(group) - MOST_CALLS, 'later pass', 'later passes')}")
 
 
 def _lines(graph: Graph, repeat: Repeat) -> str:
@@ -126,8 +139,8 @@ def print_backward(graph: Graph, call: BackwardCall, console: Console, everythin
     the first steps, unless everything is asked for."""
     say = Say(console)
     of = " and ".join(called(graph, v) for v in call.roots)
-    number = next((i for i, c in enumerate(graph.backwards, 1) if c is call), 0)
-    say(f"backward pass {number}", f" from {of}  {call.source}", style="bold")
+    which = numbers_text([one for one in numbered(graph) if one.call is call])
+    say(f"backward {which}", f" from {of}  {call.source}", style="bold")
     shown = call.steps if everything else call.steps[:MOST_LINES]
     for i, step in enumerate(shown):
         arrives = ", ".join(gradient_text(g) for g in step.into if g is not None) or "nothing"

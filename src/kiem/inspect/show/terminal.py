@@ -51,9 +51,9 @@ def shape_text(shape: Any) -> str:
     return f"({'×'.join(map(str, shape))})"
 
 
-def count_text(n: int, what: str) -> str:
+def count_text(n: int, what: str, plural: str = "") -> str:
     """1 step, 2 steps."""
-    return f"{integer_text(n)} {what}{'s' if n != 1 else ''}"
+    return f"{integer_text(n)} {what if n == 1 else plural or what + 's'}"
 
 
 def block(module: str) -> str:

@@ -4,8 +4,8 @@ const SMALL_GRAPH = 40;  // operations; such a graph starts unfolded, and is not
 
 const outerCalls = (doc) => doc.backwards.filter((call) => !call.nested && call.after_op !== undefined);
 
-// For each operation's id the names of what holds it: "setup" before anything has a gradient; "step 2" where several
-// backward calls were made (what an optimizer does after a call is of its step); "optimizer".
+// For each operation's id the names of what holds it: "setup" before anything has a gradient; "step 2" or "steps 2 to 9"
+// where several backward calls were made (what an optimizer does after a call is of its step); "optimizer".
 function phasesOf(doc) {
   const phases = new Map(), split = doc.ops.length > SMALL_GRAPH;
   const first = doc.ops.findIndex((op) => op.node || op.module);
@@ -17,7 +17,8 @@ function phasesOf(doc) {
     if (split && at < first && first > 2) names.push("setup");
     else if (split && calls.length > 1) {
       const after = op.region === "optimizer" || call === calls.length;
-      names.push("step " + Math.max(1, after ? call : call + 1));
+      const of = calls[Math.max(0, after ? call - 1 : call)];
+      names.push(of.numbers ? of.numbers.replace(/^pass(es)?/, (_, many) => many ? "steps" : "step") : "step " + (calls.indexOf(of) + 1));
     }
     if (op.region === "optimizer") names.push("optimizer");
     phases.set(op.id, names);

@@ -87,7 +87,7 @@ class App {
       if (value === "gradient" && !calls.length || value === "verdict" && !model.doc.verdicts) continue;
       $("colour").append(make("option", { value, selected: value === this.colouring }, name));
     }
-    calls.forEach((call, i) => $("call").append(make("option", { value: i, selected: call === this.backward }, `pass ${i + 1} ${sourceText(call.call.source)}`)));
+    calls.forEach((call, i) => $("call").append(make("option", { value: i, selected: call === this.backward }, `${call.call.numbers ?? `pass ${i + 1}`} ${sourceText(call.call.source)}`)));
     $("calls").hidden = calls.length < 2;
     $("way").querySelector("[value=backward]").disabled = !calls.length;
     $("way").addEventListener("change", (event) => { this.view = event.target.value; this.drawing.paint(); this.say(this.view + " view"); });
