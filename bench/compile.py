@@ -43,7 +43,7 @@ def main() -> None:
     )
 
     def stepper(compiled: bool):
-        model = Transformer(config.model).initialise(0, config.train.init)
+        model = Transformer(config.model).initialize(0, config.train.init)
         if compiled:
             for block in model.blocks:
                 block.compile(dynamic=False)

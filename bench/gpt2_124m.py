@@ -65,7 +65,7 @@ def kiem_step(precision: str, optimizer_name: str, device: str, rows: int, drop_
     )
     model_config = PRESETS["gpt2-124m"].model_copy(update={"drop_rate": drop_rate})
     config = resolve(RunConfig(model=model_config, train=train), VOCAB)
-    model = Transformer(config.model, getattr(torch, precision)).initialise(0, config.train.init).to(device)
+    model = Transformer(config.model, getattr(torch, precision)).initialize(0, config.train.init).to(device)
     optimizer = build_optimizer(model, config.train)
     tokens = torch.randint(0, VOCAB, (rows, CONTEXT + 1), device=device)
     positions = torch.arange(CONTEXT, device=device).expand(rows, CONTEXT)

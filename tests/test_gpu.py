@@ -53,9 +53,9 @@ def relative(found, exact):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_loss_and_gradients_are_the_cpus(fields, dtype):
     config = ModelConfig(**fields)
-    exact_loss, exact = loss_and_gradients(Transformer(config, torch.float64).initialise(0).double(), "cpu")
-    cpu_loss, cpu = loss_and_gradients(Transformer(config, dtype).initialise(0), "cpu")
-    gpu_loss, gpu = loss_and_gradients(Transformer(config, dtype).initialise(0), DEVICE)
+    exact_loss, exact = loss_and_gradients(Transformer(config, torch.float64).initialize(0).double(), "cpu")
+    cpu_loss, cpu = loss_and_gradients(Transformer(config, dtype).initialize(0), "cpu")
+    gpu_loss, gpu = loss_and_gradients(Transformer(config, dtype).initialize(0), DEVICE)
     unit = torch.finfo(dtype).eps
     assert abs(gpu_loss - exact_loss) <= 4 * abs(cpu_loss - exact_loss) + 8 * unit * exact_loss
     allowed = relative(cpu, exact)

@@ -51,7 +51,7 @@ def cache_dir() -> Path:
 def set_up_process() -> None:
     """Settings that training on CPU needs and that change no result except denormals, which become zero.
 
-    Zero-initialised projections make denormal gradients, which slow a CPU down several times (PEERS: measured).
+    Zero-initialized projections make denormal gradients, which slow a CPU down several times (PEERS: measured).
     glibc gives freed blocks back to the system at once, so that every large tensor is paid for in page faults.
     """
     import torch

@@ -22,7 +22,7 @@ def test_a_permutation_is_a_bijection(size, key):
 def test_a_permutation_shuffles_and_depends_on_its_key():
     one, two = ([Permutation(5000, "key", k)(i) for i in range(5000)] for k in (1, 2))
     assert one != two
-    for values in (one, two):  # of a random permutation: 1 fixed point expected, neighbours 1667 apart on average
+    for values in (one, two):  # of a random permutation: 1 fixed point expected, neighbors 1667 apart on average
         assert sum(i == v for i, v in enumerate(values)) < 10
         steps = [abs(a - b) for a, b in pairwise(values)]
         assert 1600 < sum(steps) / len(steps) < 1735

@@ -20,7 +20,7 @@ GREEDY = Sampling(temperature=0)
 
 
 def build(position: str) -> Transformer:
-    model = Transformer(CONFIGS[position]).initialise(0).eval()
+    model = Transformer(CONFIGS[position]).initialize(0).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():

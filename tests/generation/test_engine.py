@@ -36,7 +36,7 @@ def random_model(context_length: int = 24, drop_rate: float = 0.0) -> LanguageMo
         qk_norm=True,
         bias=False,
     )
-    model = Transformer(config).initialise(0)
+    model = Transformer(config).initialize(0)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))

@@ -125,8 +125,8 @@ def test_in_plain_types_and_as_a_page(recorded, tmp_path):
     text = trace.html(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text() == text and text.startswith("<!doctype html>")
     assert {row["name"] for row in trace.tensors()} >= {"net.0.weight", "x", "loss"}
-    coloured = trace.to_dict(trace.verify().result)
-    assert {v["verdict"] for v in coloured["verdicts"].values()} == {"ok"}
+    colored = trace.to_dict(trace.verify().result)
+    assert {v["verdict"] for v in colored["verdicts"].values()} == {"ok"}
 
 
 def test_in_a_notebook_nothing_of_the_program_becomes_html():

@@ -20,7 +20,7 @@ CONFIGS = {
 
 
 def build(config: ModelConfig) -> Transformer:
-    model = Transformer(config).initialise(0)
+    model = Transformer(config).initialize(0)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))

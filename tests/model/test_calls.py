@@ -35,7 +35,7 @@ BATCH = Batch(TOKENS, TARGETS, torch.arange(T).expand(2, T), torch.zeros(2, T, d
 
 def build(name):
     """With weights that are large enough for every layer to matter."""
-    model = Transformer(CONFIGS[name]).initialise(0)
+    model = Transformer(CONFIGS[name]).initialize(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():

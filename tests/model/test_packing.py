@@ -19,7 +19,7 @@ lengths = st.lists(st.integers(1, 8), min_size=2, max_size=5).filter(lambda n: s
 
 
 def build(position: str, recompute: bool = False) -> Transformer:
-    model = Transformer(CONFIGS[position], checkpoint_blocks=recompute).initialise(0)
+    model = Transformer(CONFIGS[position], checkpoint_blocks=recompute).initialize(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():

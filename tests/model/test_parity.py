@@ -67,7 +67,7 @@ def random_config(family: str, seed: int) -> ModelConfig:
 
 def random_model(config: ModelConfig, seed: int) -> Transformer:
     """Every weight random, norms and biases too, so that none can be left out without notice."""
-    model = Transformer(config).initialise(seed)
+    model = Transformer(config).initialize(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in model.parameters():

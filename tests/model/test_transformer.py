@@ -16,7 +16,7 @@ TOKENS = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0
 
 
 def build(fields):
-    return Transformer(ModelConfig(**fields)).initialise(3)
+    return Transformer(ModelConfig(**fields)).initialize(3)
 
 
 def shapes(model):
@@ -81,7 +81,7 @@ def test_initial_weights_gpt2():
 
 
 def test_zero_output_begins_as_the_identity():
-    model = Transformer(ModelConfig(**QWEN3)).initialise(0, "zero_output")
+    model = Transformer(ModelConfig(**QWEN3)).initialize(0, "zero_output")
     features = []
     model.final_norm.register_forward_hook(lambda module, given, x_BTD: features.append(x_BTD))
     assert not model(TOKENS).any()
@@ -91,7 +91,7 @@ def test_zero_output_begins_as_the_identity():
 def test_same_seed_same_weights():
     for a, b in zip(build(QWEN3).parameters(), build(QWEN3).parameters(), strict=True):
         assert torch.equal(a, b)
-    different = Transformer(ModelConfig(**QWEN3)).initialise(4)
+    different = Transformer(ModelConfig(**QWEN3)).initialize(4)
     assert not torch.equal(different.tok_emb.weight, build(QWEN3).tok_emb.weight)
 
 

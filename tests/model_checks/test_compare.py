@@ -59,7 +59,7 @@ def compared(monkeypatch, name="qwen3", seed=0, compiled=False, init="gpt2", **b
     if not compiled:
         monkeypatch.setattr(ways, "WAYS", tuple(way for way in ways.WAYS if not way.compiled))
     config = CONFIGS[name]
-    model = Transformer(config).initialise(seed, init)
+    model = Transformer(config).initialize(seed, init)
     return compare(model, batch_of(config, seed=seed, **batch), seconds=math.inf)  # on a busy machine, too
 
 
@@ -94,7 +94,7 @@ def test_one_row_alone_is_accumulated_and_compiled_blocks_agree(monkeypatch):
 
 def test_the_model_its_gradients_and_the_random_state_are_left_alone(monkeypatch):
     config = CONFIGS["dropout"]
-    model = Transformer(config).initialise(0)
+    model = Transformer(config).initialize(0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     state = torch.get_rng_state()
     monkeypatch.setattr(ways, "WAYS", ways.WAYS[:7])
@@ -234,7 +234,7 @@ def test_a_way_that_raises_or_is_not_finite_is_wrong_and_ends_nothing(monkeypatc
 
 
 def test_weights_that_are_not_finite_are_said_and_not_judged(monkeypatch):
-    model = Transformer(CONFIGS["gpt2"]).initialise(0)
+    model = Transformer(CONFIGS["gpt2"]).initialize(0)
     with torch.no_grad():
         model.tok_emb.weight[:] = torch.nan
     result = compare(model, batch_of(CONFIGS["gpt2"]))
@@ -248,7 +248,7 @@ def test_a_model_too_large_for_float64_and_a_time_used_up_are_said(monkeypatch):
     assert "float64 needs about" in compared(monkeypatch).rows[0].reason
     monkeypatch.undo()
     config = CONFIGS["gpt2"]
-    result = compare(Transformer(config).initialise(0), batch_of(config), seconds=0.0)
+    result = compare(Transformer(config).initialize(0), batch_of(config), seconds=0.0)
     assert {row.reason for row in result.rows} == {"the ways before it used up the time"}
 
 

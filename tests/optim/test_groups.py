@@ -20,7 +20,7 @@ UNTIED = SMALL.model_copy(update={"tie_embeddings": False})
 
 
 def build(optimizer="muon", config=SMALL, init="zero_output", weight_decay=0.1):
-    model = Transformer(config).initialise(0, init)
+    model = Transformer(config).initialize(0, init)
     train = TrainConfig(
         tokens=100,
         batch_tokens=8,

@@ -75,7 +75,7 @@ def test_two_processes(tmp_path):
 
 def reference():
     """The gradients of one process with the whole batch."""
-    model = Transformer(CONFIG).initialise(0)
+    model = Transformer(CONFIG).initialize(0)
     nats, _, _ = NextToken().loss(model, batch())
     (nats / batch().n_valid).backward()
     return {name: p.grad for name, p in model.named_parameters()}
@@ -83,7 +83,7 @@ def reference():
 
 def wrapped(rank, wrap):
     """A step as a wrapper's user writes it: the wrapper averages gradients, so each rank's share is scaled by ranks."""
-    model = Transformer(CONFIG).initialise(0)
+    model = Transformer(CONFIG).initialize(0)
     names = [name for name, _ in model.named_parameters()]
     model = wrap(model)
     mine = batch().micro(B // dist.get_world_size())[rank]
@@ -121,7 +121,7 @@ def test_a_wrapped_model_has_the_gradients_of_one_process(work, tmp_path):
 
 
 def step(rank):
-    model = Transformer(CONFIG).initialise(0)
+    model = Transformer(CONFIG).initialize(0)
     size = B * T
     train = TrainConfig(tokens=10 * size, batch_tokens=size, lr=0.01, matrix_lr=0.02, weight_decay=0.0)
     ranks = Ranks.here()

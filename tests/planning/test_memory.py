@@ -77,7 +77,7 @@ def saved_bytes(model: Transformer, batch: Batch) -> int:
 )
 def test_activations_are_what_autograd_saves(fields, dtype, packed):
     model = ModelConfig(**{**GPT2, **fields})
-    built = Transformer(model, compute_dtype=dtype).initialise(0).train()
+    built = Transformer(model, compute_dtype=dtype).initialize(0).train()
     saved = saved_bytes(built, random_batch(model, 2, packed))
     rows = plan_memory.Rows(2, model.context_length, dtype.itemsize, packed)
     counted = outer_activations(model, rows) + model.n_layers * block_activations(model, rows)
@@ -86,7 +86,7 @@ def test_activations_are_what_autograd_saves(fields, dtype, packed):
 
 def step_bytes(config: RunConfig, dtype: torch.dtype) -> int:
     """Most bytes allocated at one time inside a step, on top of weights and moments, by the allocator's own record."""
-    model = Transformer(config.model, dtype, config.train.activation_checkpointing).initialise(0).train()
+    model = Transformer(config.model, dtype, config.train.activation_checkpointing).initialize(0).train()
     optimizer = build_optimizer(model, config.train)
     context = config.model.context_length
     rows, micro = config.train.batch_tokens // context, config.train.micro_batch_tokens // context
@@ -127,7 +127,7 @@ def test_the_peak_of_a_step_is_what_it_allocates(model, rows, train, monkeypatch
 def test_the_optimizer_is_its_state():
     for name in ("muon", "adamw"):
         config = resolved({**GPT2, **MODERN}, 1, optimizer=name)
-        model = Transformer(config.model).initialise(0)
+        model = Transformer(config.model).initialize(0)
         optimizer = build_optimizer(model, config.train)
         train_step(NextToken(), model, optimizer, [random_batch(config.model, 1, False)], config.train, 0)
         counted = memory(config.model, config.train, 4).optimizer

@@ -9,10 +9,10 @@ from kiem.report.summary import build_report, render_terminal
 from kiem.report.terminal import plot
 
 
-def shown(report, width=80, encoding="utf-8", colour=False) -> str:
+def shown(report, width=80, encoding="utf-8", color=False) -> str:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
-    Console(file=file, width=width, force_terminal=colour, color_system=None).print(render_terminal(report))
+    Console(file=file, width=width, force_terminal=color, color_system=None).print(render_terminal(report))
     file.flush()
     return raw.getvalue().decode(encoding)
 

@@ -22,7 +22,7 @@ OPERATIONS = ("write", "fsync", "rename", "replace", "mkdir", "rmdir", "unlink",
 def serve():
     """Read jobs, one JSON a line: fork a child for each, answer with its pid, then with its exit code."""
     import torch
-    import torch._dynamo  # by the first optimiser, and it takes seconds
+    import torch._dynamo  # by the first optimizer, and it takes seconds
 
     from kiem import api, runtime
     from kiem.cli import main  # noqa: F401  this and what follows by the children

@@ -24,7 +24,7 @@ def dataset(tmp_path, monkeypatch):
 
 
 def test_the_bytes_are_those_of_the_text(dataset):
-    model = Transformer(CONFIG).initialise(0)
+    model = Transformer(CONFIG).initialize(0)
     whole = evaluate(model, dataset, 64)
     assert (whole.part, whole.bytes) == ("whole", dataset.validation.n_bytes)
     assert whole.bits_per_byte == pytest.approx(whole.loss * whole.tokens / math.log(2) / whole.bytes)
@@ -36,12 +36,12 @@ def test_the_bytes_are_those_of_the_text(dataset):
 
 def test_bits_per_byte_of_a_lossy_tokenizer_are_withheld(dataset):
     lossy = replace(dataset, report=dataset.report | {"tokenizer": {"lossless": False, "unknown_share": 0.2}})
-    found = evaluate(Transformer(CONFIG).initialise(0), lossy, 64)
+    found = evaluate(Transformer(CONFIG).initialize(0), lossy, 64)
     assert found.bits_per_byte is None and math.isfinite(found.loss)
 
 
 def test_a_score_is_withheld_where_the_text_does_not_come_back(monkeypatch):
-    model = LanguageModel(Transformer(CONFIG).initialise(0), bytes_tokenizer())
+    model = LanguageModel(Transformer(CONFIG).initialize(0), bytes_tokenizer())
     found = model.score("Some Text")
     assert found["bits_per_byte"] == pytest.approx(found["nats"] / math.log(2) / 9)
     monkeypatch.setattr(type(model.tokenizer), "decode", lambda self, ids: "some text")
@@ -50,4 +50,4 @@ def test_a_score_is_withheld_where_the_text_does_not_come_back(monkeypatch):
 
 def test_without_held_out_text_it_says_what_to_set(dataset):
     with pytest.raises(DataError, match=r"set data\.validation"):
-        evaluate(Transformer(CONFIG).initialise(0), replace(dataset, validation=None), 64)
+        evaluate(Transformer(CONFIG).initialize(0), replace(dataset, validation=None), 64)

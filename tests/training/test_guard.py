@@ -214,7 +214,7 @@ def test_which_tensor_holds_what_and_where():
 def tiny(**changes):
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=11, context_length=8, emb_dim=8, n_heads=2, n_layers=2, **changes)
-    return Transformer(config).initialise(0)
+    return Transformer(config).initialize(0)
 
 
 def batch():

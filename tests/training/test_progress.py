@@ -42,7 +42,7 @@ def run(stream, steps=1000, seconds=0.1, **options):
     return stream.getvalue()
 
 
-def test_plain_lines_have_no_control_characters_even_when_colour_is_forced(monkeypatch):
+def test_plain_lines_have_no_control_characters_even_when_color_is_forced(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     out = io.StringIO()
     with Progress(1000, 10, stream=out) as progress:

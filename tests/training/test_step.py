@@ -59,7 +59,7 @@ def make_batch(seed=0):
 
 
 def make_model(config=QWEN3, init="gpt2"):
-    return Transformer(config).initialise(0, init)
+    return Transformer(config).initialize(0, init)
 
 
 def gradients(rows_per_micro_batch):
@@ -205,7 +205,7 @@ def test_memory_is_flat_in_accumulation():
 
 def test_checkpointing_blocks_changes_no_number():
     plain = make_model()
-    saving = Transformer(QWEN3, checkpoint_blocks=True).initialise(0, "gpt2")
+    saving = Transformer(QWEN3, checkpoint_blocks=True).initialize(0, "gpt2")
     for model in (plain, saving):
         train_step(NextToken(), model, build_optimizer(model, TRAIN), make_batch().micro(4), TRAIN, 0)
     for (name, p), q in zip(plain.named_parameters(), saving.parameters(), strict=True):

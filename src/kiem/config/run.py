@@ -83,7 +83,7 @@ class DataConfig(Config):
 
 
 class TrainConfig(Config):
-    """The optimisation. Sizes are in tokens; learning rates are functions of tokens seen, never of steps."""
+    """The optimization. Sizes are in tokens; learning rates are functions of tokens seen, never of steps."""
 
     tokens: int = Field(
         DERIVED,

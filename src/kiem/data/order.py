@@ -42,7 +42,7 @@ class Permutation:
         low = (1 << half) - 1
         left, right = x >> half, x & low
         for key in self._keys:
-            z = (right + key) & _MASK  # splitmix64's finaliser as the round function
+            z = (right + key) & _MASK  # splitmix64's finalizer as the round function
             z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
             z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
             left, right = right, left ^ ((z ^ (z >> 31)) & low)

@@ -52,7 +52,7 @@ def fusible(layer: nn.Module) -> TypeGuard[Linear]:
 
 
 class Embedding(nn.Embedding):
-    """A table (entries, D), read by row. Undefined until it is filled: Transformer.initialise."""
+    """A table (entries, D), read by row. Undefined until it is filled: Transformer.initialize."""
 
     def reset_parameters(self) -> None:
         pass

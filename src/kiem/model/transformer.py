@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model. Build it, then `initialise(seed)` or load weights: until then they are undefined.
+    """A language model. Build it, then `initialize(seed)` or load weights: until then they are undefined.
 
     compute_dtype: data type of everything between the embeddings and the loss; weights stay float32.
     checkpoint_blocks: recompute each block in backward instead of keeping what is inside it.
@@ -184,7 +184,7 @@ class Transformer(nn.Module):
         return cache_mask(cache, tokens_BT.shape[1])
 
     @torch.no_grad()
-    def initialise(self, seed: int, scheme: str = "gpt2") -> "Transformer":
+    def initialize(self, seed: int, scheme: str = "gpt2") -> "Transformer":
         """Fill every weight from `seed`. Norms are 1, biases 0. Returns self.
 
         gpt2: normal(0.02), the projections that end a residual branch normal(0.02 / sqrt(2 L)) (Radford et al. 2019).

@@ -142,7 +142,7 @@ def _configured(target: str) -> Program:
     T, generator = min(config.model.context_length, MOST_TOKENS), torch.Generator().manual_seed(config.seed)
     text_BT = torch.randint(config.model.vocab_size, (1, T + 1), generator=generator)
     batch = Batch(text_BT[:, :-1], text_BT[:, 1:], torch.arange(T)[None], torch.zeros(1, T, dtype=torch.int32), T)
-    model = _model(config).initialise(config.seed, config.train.init)
+    model = _model(config).initialize(config.seed, config.train.init)
     title = f"{target}, a batch of 1 x {T} random tokens"
     # A matrix of zeros passes no gradient on: nothing before it would be seen.
     if zero := [w for w in model.parameters() if w.ndim > 1 and not w.any()]:

@@ -1,1 +1,1 @@
-"""Optimisers, their parameter groups, and the schedule."""
+"""Optimizers, their parameter groups, and the schedule."""

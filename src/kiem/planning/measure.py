@@ -127,7 +127,7 @@ def _time_steps(
     device = runtime.select_device(config.device)
     dtype = runtime.select_precision(config.train.precision, device)
     model = Transformer(shape, dtype, config.train.activation_checkpointing)
-    model.initialise(config.seed, config.train.init).to(device).train()
+    model.initialize(config.seed, config.train.init).to(device).train()
     optimizer = build_optimizer(model, config.train)
     batch = _random_batch(shape, rows).to(device)
     objective = NextToken(documents_apart=not config.data.cross_document_attention)

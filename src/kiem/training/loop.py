@@ -93,7 +93,7 @@ class Trainer:
         self.loader = Loader(dataset, context, self.train.batch_tokens // context, config.seed)
         self.steps = self.train.tokens // self.train.batch_tokens
         self.model = Transformer(config.model, dtype, self.train.activation_checkpointing)
-        self.model.initialise(config.seed, self.train.init).to(self.device)
+        self.model.initialize(config.seed, self.train.init).to(self.device)
         self.optimizer = build_optimizer(self.model, self.train)
         if self.train.compile:
             for block in self.model.blocks:

@@ -750,7 +750,7 @@ def nested():
     return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]).to_padded_tensor(0.0).sum().item()
 
 
-def quantised():
+def quantized():
     return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8).dequantize().tolist()
 
 
@@ -767,7 +767,7 @@ def packed():
     return lstm.weight_ih_l0.grad.shape
 
 
-def optimisers_of_many_tensors():
+def optimizers_of_many_tensors():
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(3)) for _ in range(2)]
     for optimizer in (
@@ -808,8 +808,8 @@ def anomalies():
     return w.grad.tolist()
 
 
-UNUSUAL = [sparse_gradient, complex_numbers, empty, strided, meta, fake, functional, mapped, loaded, nested, quantised,
-half_and_bool, packed, optimisers_of_many_tensors, several_gradients_at_once, second_derivatives, shape_comes_later,
+UNUSUAL = [sparse_gradient, complex_numbers, empty, strided, meta, fake, functional, mapped, loaded, nested, quantized,
+half_and_bool, packed, optimizers_of_many_tensors, several_gradients_at_once, second_derivatives, shape_comes_later,
 compressed_rows, anomalies]  # fmt: skip
 
 

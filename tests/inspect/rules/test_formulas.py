@@ -26,7 +26,7 @@ WORDS = {
         "embedding", "_embedding_bag", "trace", "sort", "max.dim", "amax", "aminmax", "max_pool2d_with_indices",
         "nll_loss_forward", "view_as_real", "view_as_complex",
     },
-    "a sum over windows or neighbours": {
+    "a sum over windows or neighbors": {
         "convolution", "avg_pool2d", "_adaptive_avg_pool2d", "upsample_nearest1d", "_upsample_nearest_exact1d",
         "upsample_linear1d", "_trilinear",
     },
@@ -53,7 +53,7 @@ def number(value):
 
 
 def by_running_moments(call):
-    """Whether a batch norm normalises by moments from before."""
+    """Whether a batch norm normalizes by moments from before."""
     trains = call["training"] if call["training"] is not None else call["momentum"] is None or len(call.outputs[1]) > 0
     return call["running_mean"] is not None and not trains
 
@@ -77,11 +77,11 @@ def of_norm(row, call, letters):
         letters["r"] = (mean(x * x) + eps).rsqrt()
         letters["x̂"] = x * letters["r"]
         return mean, lambda t: t
-    centre, variance = mean(x), mean(x * x) - mean(x) ** 2
+    center, variance = mean(x), mean(x * x) - mean(x) ** 2
     if by_running_moments(call):
-        centre, variance = (call[name].reshape(by_channel) for name in ("running_mean", "running_var"))
+        center, variance = (call[name].reshape(by_channel) for name in ("running_mean", "running_var"))
     letters["r"] = (variance + eps).rsqrt().expand(x.shape)
-    letters["x̂"] = (x - centre) * letters["r"]
+    letters["x̂"] = (x - center) * letters["r"]
     return mean, (lambda t: t.sum([0, *range(2, x.ndim)])) if row in CHANNELS else (lambda t: t)
 
 

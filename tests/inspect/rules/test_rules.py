@@ -598,7 +598,7 @@ def test_kiem_trains_on_operations_with_rows(family, docs):
         "bias": False,
     }
     config = ModelConfig(**small, drop_rate=0.1, qkv_bias=True) if family == "gpt2" else ModelConfig(**small, **llama)
-    model = Transformer(config).initialise(0).train()
+    model = Transformer(config).initialize(0).train()
     docs_BT = torch.tensor([[0] * 4 + [1] * 4, [2] * 8]) if docs else None
 
     def run():

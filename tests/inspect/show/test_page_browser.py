@@ -268,25 +268,25 @@ def test_search_finds_names_modules_operations_and_lines(open_page, gpt, wanted,
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast(open_page, gpt, scheme):
-    """WCAG's ratio of at least 4.5 of every text on the boxes, whatever the colouring, and of the quiet text."""
+    """WCAG's ratio of at least 4.5 of every text on the boxes, whatever the coloring, and of the quiet text."""
     page = open_page(gpt, color_scheme=scheme)
     lowest = {}
-    for colouring in ("kind", "gradient"):
-        page.locator("#colour").select_option(colouring)
-        lowest[colouring] = page.evaluate(CONTRAST)
+    for coloring in ("kind", "gradient"):
+        page.locator("#color").select_option(coloring)
+        lowest[coloring] = page.evaluate(CONTRAST)
     print(scheme, lowest)
     assert min(lowest.values()) >= 4.5
 
 
 CONTRAST = """() => {
   const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const rgb = (colour) => {
-    context.fillStyle = colour;
+  const rgb = (color) => {
+    context.fillStyle = color;
     context.fillRect(0, 0, 1, 1);
     return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
   };
   const linear = (x) => (x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;
-  const light = (colour) => rgb(colour).map(linear).reduce((s, x, i) => s + x * [0.2126, 0.7152, 0.0722][i], 0);
+  const light = (color) => rgb(color).map(linear).reduce((s, x, i) => s + x * [0.2126, 0.7152, 0.0722][i], 0);
   const ratio = (a, b) => {
     const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
     return (x + 0.05) / (y + 0.05);
@@ -299,15 +299,15 @@ CONTRAST = """() => {
 }"""
 
 
-def test_colours_follow_the_gradient_on_a_log_scale(open_page):
+def test_colors_follow_the_gradient_on_a_log_scale(open_page):
     page = open_page(DOCUMENTS["sigmoid"]())
-    page.locator("#colour").select_option("gradient")
-    colours = {
+    page.locator("#color").select_option("gradient")
+    colors = {
         box: page.locator(BOX + ".op").nth(i).locator(".body").evaluate("e => e.style.fill")
         for i, box in enumerate(("mul", "add", "sigmoid", "mul 2", "add 2"))
     }
-    assert colours["mul"] == colours["add"] == "rgb(0, 34, 78)"  # 0.375, the smallest
-    assert colours["sigmoid"] == "rgb(254, 232, 56)"  # 1.5, the largest
+    assert colors["mul"] == colors["add"] == "rgb(0, 34, 78)"  # 0.375, the smallest
+    assert colors["sigmoid"] == "rgb(254, 232, 56)"  # 1.5, the largest
     assert "‖g‖ 0.38" in page.locator("#legend").inner_text()
 
 
@@ -433,7 +433,7 @@ def test_any_graph_unfolds_and_steps(open_page, seed):
     page.locator("#unfold").click()
     assert page.locator(BOX + ".folded").count() == 0
     assert page.locator(BOX + ".op, " + BOX + ".frame").count() >= len(document["ops"])
-    page.locator("#colour").select_option("gradient")
+    page.locator("#color").select_option("gradient")
     for leaf in page.locator(BOX + ".trained").all():
         leaf.dispatch_event("click")
     page.locator("#step").focus()
@@ -457,7 +457,7 @@ def test_narrow_screen(open_page, gpt):
     assert page.locator("#tree").is_visible()
 
 
-OFF_CENTRE = """() => {
+OFF_CENTER = """() => {
   const room = document.querySelector("#drawing").getBoundingClientRect();
   const shapes = [...document.querySelectorAll("#drawing .box")].map((b) => b.getBoundingClientRect());
   const left = Math.min(...shapes.map((s) => s.left)), right = Math.max(...shapes.map((s) => s.right));
@@ -469,7 +469,7 @@ def test_the_drawing_follows_its_room_until_somebody_moves_it(open_page):
     """A frame in a notebook gets its size after the page has run."""
     page = open_page(DOCUMENTS["sigmoid"](), width=640, height=400)
     page.set_viewport_size({"width": 1280, "height": 800})
-    page.wait_for_function(f"({OFF_CENTRE})() < 20")
+    page.wait_for_function(f"({OFF_CENTER})() < 20")
     page.locator("#in").click()
     moved = page.locator("#drawing > g").get_attribute("transform")
     page.set_viewport_size({"width": 900, "height": 700})

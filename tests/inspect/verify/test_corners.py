@@ -169,7 +169,7 @@ RIGHT = {
     "penalty GroupNorm": lambda: gradient_penalty(nn.GroupNorm(2, 4)),
     "penalty LayerNorm": lambda: gradient_penalty(nn.LayerNorm([4, 5, 5])),
     "penalty InstanceNorm": lambda: gradient_penalty(nn.InstanceNorm2d(4, affine=True)),
-    "cancelled bias": bias_that_a_norm_cancels, "ctc": ctc, "certain targets": certain_targets,
+    "canceled bias": bias_that_a_norm_cancels, "ctc": ctc, "certain targets": certain_targets,
     "inner steps": inner_steps, "float to index": float_to_index, "jagged": jagged, "sparse": sparse,
     "sparse gradients": sparse_gradients, "function in a backward": function_in_a_backward, "recurrent": recurrent,
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """The numbers of backward passes, from 1, in the order in which they ran: those that were folded into another count.
 
-Passes are alike if they ran the same nodes from the same line to the same leaves; what an optimizer does in between (Adam
-makes its state in the first step only) does not matter."""
+Passes are alike if they ran the same nodes from the same line to the same leaves, whatever an optimizer does in between
+(Adam creates its state in the first step only)."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def numbers_text(ran: list[Ran]) -> str:
 
 
 def with_number(graph: Graph, number: int) -> int | None:
-    """The place in `graph.backwards` of the call that is, or stands for, the pass of this number; None: no such pass."""
+    """The place in `graph.backwards` of the call that stands for the pass of this number; None if there is none."""
     fitting = [
         (one.times, at)
         for at, one in enumerate(numbered(graph))

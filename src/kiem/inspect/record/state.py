@@ -226,7 +226,7 @@ _ours = _Ours()
 
 
 class Pause:
-    """All modes of this thread are off: what is then run is ours. Classes of tensors keep their own behaviour."""
+    """All modes of this thread are off: what is then run is ours. Classes of tensors keep their own behavior."""
 
     __slots__ = ("_modes",)
 

@@ -1,6 +1,6 @@
 """Derivatives of the parts of networks: softmax, norms, embeddings, pooling, resizing.
 
-x̂ is the input normalised, r = 1 / √(variance + ε); ⟨·⟩ the mean over what is normalised together.
+x̂ is the input normalized, r = 1 / √(variance + ε); ⟨·⟩ the mean over what is normalized together.
 """
 
 import torch
@@ -28,10 +28,10 @@ def log_softmax(c: Call, g: Tensor):
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
-def normalised(x: Tensor, g: Tensor, over: list[int], eps: float, c: Call) -> tuple[Tensor, Tensor]:
+def normalized(x: Tensor, g: Tensor, over: list[int], eps: float, c: Call) -> tuple[Tensor, Tensor]:
     """x̂, and the gradient of x for the gradient g of x̂: r · (g − ⟨g⟩ − x̂ · ⟨g · x̂⟩). ⟨x⟩ and r are those that
     the operation gave, if it did: its backward reads them, rounded as they are, which shows where few numbers are
-    normalised."""
+    normalized."""
     saved = c.outputs[1:]
     mean = x.mean(over, keepdim=True)
     r = ((x - mean).square().mean(over, keepdim=True) + eps).rsqrt()
@@ -53,7 +53,7 @@ def normalised(x: Tensor, g: Tensor, over: list[int], eps: float, c: Call) -> tu
 def layer_norm(c: Call, g: Tensor):
     x = c["input"]
     over = list(range(x.ndim - len(c["normalized_shape"]), x.ndim))
-    x_hat, gx = normalised(x, g * c.get("weight", 1.0), over, c["eps"], c)
+    x_hat, gx = normalized(x, g * c.get("weight", 1.0), over, c["eps"], c)
     return {"input": gx, "weight": g * x_hat, "bias": g}
 
 
@@ -77,7 +77,7 @@ def rms_norm(c: Call, g: Tensor):
 
 @rule(
     "native_group_norm",
-    forward="y = w · x̂ + b, normalised in groups of channels",
+    forward="y = w · x̂ + b, normalized in groups of channels",
     symbols=NORM,
     input="r · (g·w − ⟨g·w⟩ − x̂ · ⟨g·w · x̂⟩)",
     weight="Σ g · x̂",
@@ -86,7 +86,7 @@ def rms_norm(c: Call, g: Tensor):
 def group_norm(c: Call, g: Tensor):
     x, shape = c["input"], (c["N"], c["group"], -1)
     w = _by_channel(c["weight"], x) if c["weight"] is not None else 1.0
-    x_hat, gx = normalised(x.reshape(shape), (g * w).reshape(shape), [2], c["eps"], c)
+    x_hat, gx = normalized(x.reshape(shape), (g * w).reshape(shape), [2], c["eps"], c)
     return {"input": gx.reshape(x.shape), **_scale_and_shift(x_hat.reshape(x.shape), g)}
 
 
@@ -99,7 +99,7 @@ def group_norm(c: Call, g: Tensor):
     "_batch_norm_no_update",
     "cudnn_batch_norm",
     "miopen_batch_norm",
-    forward="y = w · x̂ + b, normalised over the batch (in training) or by the running moments",
+    forward="y = w · x̂ + b, normalized over the batch (in training) or by the running moments",
     symbols=NORM,
     input="r · (g·w − ⟨g·w⟩ − x̂ · ⟨g·w · x̂⟩); by running moments r · g·w",
     weight="Σ g · x̂",
@@ -112,7 +112,7 @@ def batch_norm(c: Call, g: Tensor):
     # Some overloads have no `training`: those that keep running moments up train, those without any have no other.
     training = c["training"] if c["training"] is not None else c["momentum"] is None or len(c.outputs[1]) > 0
     if training or mean is None:
-        x_hat, gx = normalised(x, g * w, [0, *range(2, x.ndim)], eps, c)
+        x_hat, gx = normalized(x, g * w, [0, *range(2, x.ndim)], eps, c)
     else:
         r = _by_channel((variance + eps).rsqrt(), x)
         x_hat, gx = (x - _by_channel(mean, x)) * r, g * w * r
@@ -266,7 +266,7 @@ nearest(0.5, "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsampl
     "upsample_linear1d",
     "upsample_bilinear2d",
     "upsample_trilinear3d",
-    forward="y = x between its neighbours, weighted by nearness",
+    forward="y = x between its neighbors, weighted by nearness",
     symbols=XY,
     self="Σ g · weight over the y that x[i] is part of",
 )

@@ -117,7 +117,7 @@ def correction(c: Call) -> float:
     return 1 if c["correction"] is None else c["correction"]
 
 
-def centred(c: Call) -> Tensor:
+def centered(c: Call) -> Tensor:
     """x − mean."""
     return c["self"] - c["self"].mean(axes(c), keepdim=True) if c["self"].ndim else c["self"] * 0
 
@@ -125,7 +125,7 @@ def centred(c: Call) -> Tensor:
 # The k of the formulas is the correction, 1 unless the call says otherwise.
 @rule("var", forward="y = Σ (x − x̄)² / (n − k)", symbols=XY, self="g · 2 · (x − x̄) / (n − k)", holomorphic=False)
 def var(c: Call, g: Tensor):
-    return {"self": spread(g, c) * 2 * centred(c) / (count(c) - correction(c))}
+    return {"self": spread(g, c) * 2 * centered(c) / (count(c) - correction(c))}
 
 
 @rule(
@@ -138,7 +138,7 @@ def var(c: Call, g: Tensor):
 )
 def std(c: Call, g: Tensor):
     scaled = spread(torch.where(c.y == 0, 0.0, g / c.y), c)
-    return {"self": scaled * centred(c) / (count(c) - correction(c))}
+    return {"self": scaled * centered(c) / (count(c) - correction(c))}
 
 
 @rule(

@@ -11,7 +11,7 @@ from kiem.inspect.verify.judge import Random, usual_size
 # Arguments of which an operation reads one triangle, or which are logarithms of probabilities that sum to 1: their
 # gradient is only meant along such directions.
 STRUCTURE = {
-    ("_ctc_loss", "log_probs"): "normalised",
+    ("_ctc_loss", "log_probs"): "normalized",
     ("linalg_cholesky_ex", "self"): "symmetric", ("cholesky", "self"): "symmetric", ("_linalg_eigh", "A"): "symmetric",
     ("cholesky_solve", "input2"): "triangular", ("cholesky_inverse", "self"): "triangular",
     ("linalg_solve_triangular", "self"): "triangular", ("triangular_solve", "A"): "triangular",
@@ -28,7 +28,7 @@ def direction(op: Op, argument: str, x: Tensor, random: Random) -> Tensor:
 
 def meant_part(op: Op, argument: str, x: Tensor, along: Tensor) -> Tensor:
     """The part of a direction along which the operation's gradient is meant."""
-    if STRUCTURE.get((op.label, argument)) == "normalised":
+    if STRUCTURE.get((op.label, argument)) == "normalized":
         return along - (x.exp() * along).sum(-1, keepdim=True)
     return without_padding(op, argument, structured(op, argument, along))
 

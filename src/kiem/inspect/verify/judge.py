@@ -250,7 +250,7 @@ def _by_reference(result: InputVerdict, given: Evidence) -> None:
     got, reference, unit, direction, number = given.got, given.reference, given.unit, given.direction, given.number
     assert reference is not None and given.moved is not None  # judge() sends the others to _by_number
     tiny = 8 * torch.finfo(result.dtype).tiny
-    moved = _with_neighbours(given.moved)
+    moved = _with_neighbors(given.moved)
     allowed = unit * (moved + reference.abs())
     floor = float(moved.mean()) if moved.numel() else 0.0
     error = (got - reference).abs()
@@ -352,7 +352,7 @@ def forgive_jumps(
     inputs, and lies between what it gives there (`near`: a sample): the operation may have been on either side, as
     where a position in a grid falls into one cell or the next. To an element several may have jumped: samples are drawn
     as long as each few more bring some more elements between."""
-    allowed = unit * (_with_neighbours(moved.clone()) + reference.abs()) * result.bound
+    allowed = unit * (_with_neighbors(moved.clone()) + reference.abs()) * result.bound
     slack = allowed[..., None] if got.is_complex() or reference.is_complex() else allowed
     got, low = _real(got), _real(reference)
     high, right = low, (got - low).abs() <= slack
@@ -375,7 +375,7 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _with_neighbours(moved: Tensor) -> Tensor:
+def _with_neighbors(moved: Tensor) -> Tensor:
     """A few samples of noise can leave an element unmoved by chance: it gets what is usual in its row and in the
     tensor. A few that noise throws from one branch to the other say nothing of the rest."""
     moved = moved.nan_to_num(nan=0.0, posinf=0.0)
@@ -407,7 +407,7 @@ def _plainly_right(result: InputVerdict, given: Evidence) -> bool:
     ):
         return False
     tiny = 8 * torch.finfo(result.dtype).tiny
-    moved = _with_neighbours(given.moved)
+    moved = _with_neighbors(given.moved)
     parts = [t.reshape(-1).split(ROW) for t in (got, reference, moved, given.direction)]
     worst = slack = along = 0.0
     for part, ref, move, way in zip(*parts, strict=True) if got.numel() else ():

@@ -23,7 +23,7 @@ def unit_of(label: str, dtypes: set[torch.dtype], device: str) -> float:
 
 def roundings_of_positions(label: str, sizes: tuple[int, ...]) -> float:
     """Of an operation that reads between the elements of a tensor of these sizes: a position is rounded relative to
-    its own size, and that much a weight between neighbours is off."""
+    its own size, and that much a weight between neighbors is off."""
     return float(max(sizes, default=0)) if label.startswith(POSITIONS) else 0.0
 
 

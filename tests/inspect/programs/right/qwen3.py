@@ -1,4 +1,4 @@
-"""A small Qwen3: RMSNorm, rotary positions, normalised queries and keys, grouped-query attention, SwiGLU."""
+"""A small Qwen3: RMSNorm, rotary positions, normalized queries and keys, grouped-query attention, SwiGLU."""
 
 import torch
 from torch import nn

@@ -4,13 +4,13 @@ import torch
 from torch import nn
 
 
-class Normalise(torch.autograd.Function):
+class Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        centred = x - x.mean(-1, keepdim=True)
-        rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+        centered = x - x.mean(-1, keepdim=True)
+        rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + 1e-5)
         ctx.save_for_backward(rstd)
-        return centred * rstd
+        return centered * rstd
 
     @staticmethod
     def backward(ctx, grad):  # defined
@@ -25,7 +25,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):
-        return x + self.mlp(self.gain * Normalise.apply(x))  # wrong: Normalise
+        return x + self.mlp(self.gain * Normalize.apply(x))  # wrong: Normalize
 
 
 torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Generalised-mean pooling with a learned exponent, whose gradient lacks the logarithm."""
+"""Generalized-mean pooling with a learned exponent, whose gradient lacks the logarithm."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""A weight-normalised linear layer whose gradient to the direction is not projected."""
+"""A weight-normalized linear layer whose gradient to the direction is not projected."""
 
 import torch
 from torch import nn

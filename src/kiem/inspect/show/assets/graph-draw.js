@@ -139,7 +139,7 @@ class Drawing {
     return group;
   }
 
-  // Classes, colours and labels of what is drawn; the layout stays.
+  // Classes, colors and labels of what is drawn; the layout stays.
   paint() {
     const { app } = this, backward = app.view === "backward" ? app.backward : null;
     this.svg.classList.toggle("backward", app.view === "backward");
@@ -152,14 +152,14 @@ class Drawing {
       if (state.selected || state.current) element.setAttribute("aria-current", "true"); else element.removeAttribute("aria-current");
       element.setAttribute("aria-label", this.spoken(shown));
       if (box && box.container) element.setAttribute("aria-expanded", String(box.open)); else element.removeAttribute("aria-expanded");
-      const colour = box ? app.colourOf(box) : null;
+      const color = box ? app.colorOf(box) : null;
       const body = element.querySelector(".body"), strip = element.querySelector(".strip"), mark = element.querySelector(".mark");
-      const filled = colour && colour.fill && !shown.node.inside;
-      body.style.fill = filled ? colour.fill : "";
-      element.style.setProperty("--on", filled ? colour.on : "");
+      const filled = color && color.fill && !shown.node.inside;
+      body.style.fill = filled ? color.fill : "";
+      element.style.setProperty("--on", filled ? color.on : "");
       element.classList.toggle("filled", Boolean(filled));
-      if (strip) strip.style.fill = colour && colour.strip ? colour.strip : "";
-      if (mark) write(mark, colour && colour.mark ? colour.mark : "");
+      if (strip) strip.style.fill = color && color.strip ? color.strip : "";
+      if (mark) write(mark, color && color.mark ? color.mark : "");
     }
     for (const { edge, path, label } of this.lines.values()) {
       const gradient = backward ? gradientText(backward, edge) : null;
@@ -251,10 +251,10 @@ class Drawing {
     const t = this.transform(), [across, down] = this.size;
     const height = at.node.inside ? Math.min(at.height, HEADER) : at.height;
     const left = at.x * t.k + t.x, top = at.y * t.k + t.y, right = left + at.width * t.k, bottom = top + height * t.k;
-    if (left < 0 || top < 0 || right > across || bottom > down) this.centre(at);
+    if (left < 0 || top < 0 || right > across || bottom > down) this.center(at);
   }
 
-  centre(at) {
+  center(at) {
     const k = Math.max(this.transform().k, 0.6), [across, down] = this.size;
     const height = at.node.inside ? Math.min(at.height, down / k) : at.height;
     this.moveTo(across / 2 - (at.x + at.width / 2) * k, down / 2 - (at.y + height / 2) * k, k);

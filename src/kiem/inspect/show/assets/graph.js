@@ -1,11 +1,11 @@
-// The page: state, tree, search, steps, colours. The parts stand in graph-model, graph-draw, graph-panel and graph-table.
+// The page: state, tree, search, steps, colors. The parts stand in graph-model, graph-draw, graph-panel and graph-table.
 
 const $ = (id) => document.getElementById(id);
 const CIVIDIS = [[0, 34, 78], [35, 62, 108], [77, 86, 108], [107, 110, 113], [138, 134, 121], [174, 158, 117], [210, 185, 104], [254, 232, 56]];
-// Okabe and Ito's colours, told apart with every common colour vision.
+// Okabe and Ito's colors, told apart with every common color vision.
 const KINDS = [
   ["matrix product", "#0072b2", /^(mm|bmm|addmm|baddbmm|matmul|linear|convolution|conv\w*|dot|mv|einsum)$/],
-  ["attention", "#56b4e9", /attention/], ["normalisation, softmax", "#009e73", /norm|softmax/],
+  ["attention", "#56b4e9", /attention/], ["normalization, softmax", "#009e73", /norm|softmax/],
   ["reduction, loss", "#d55e00", /sum|mean|loss|max|min|amax|var|cross_entropy|prod|logsumexp/],
   ["view", "#999999", /view|reshape|permute|transpose|^t$|unsqueeze|squeeze|expand|slice|select|detach|alias|split|unbind|chunk|cat|stack|clone|contiguous|_to_copy/],
   ["index", "#cc79a7", /embedding|gather|scatter|index|where|arange/],
@@ -43,7 +43,7 @@ class App {
     this.value = null;
     this.chain = null;
     this.now = null;
-    this.colouring = document_.verdicts ? "verdict" : "kind";
+    this.coloring = document_.verdicts ? "verdict" : "kind";
     this.drawing = new Drawing(this, $("drawing"));
     this.panel = new Panel(this, $("panel"));
     this.table = new Table(this, $("tensors"));
@@ -85,14 +85,14 @@ class App {
     const { model } = this, calls = model.backwards;
     for (const [value, name] of [["gradient", "gradient norm"], ["kind", "kind"], ["verdict", "verdict"]]) {
       if (value === "gradient" && !calls.length || value === "verdict" && !model.doc.verdicts) continue;
-      $("colour").append(make("option", { value, selected: value === this.colouring }, name));
+      $("color").append(make("option", { value, selected: value === this.coloring }, name));
     }
     calls.forEach((call, i) => $("call").append(make("option", { value: i, selected: call === this.backward }, `${call.call.numbers ?? `pass ${i + 1}`} ${sourceText(call.call.source)}`)));
     $("calls").hidden = calls.length < 2;
     $("way").querySelector("[value=backward]").disabled = !calls.length;
     $("way").addEventListener("change", (event) => { this.view = event.target.value; this.drawing.paint(); this.say(this.view + " view"); });
     $("call").addEventListener("change", (event) => { this.backward = calls[event.target.value]; this.chain = null; this.scale(); this.drawing.paint(); this.panelAgain(); });
-    $("colour").addEventListener("change", (event) => { this.colouring = event.target.value; this.scale(); this.drawing.paint(); });
+    $("color").addEventListener("change", (event) => { this.coloring = event.target.value; this.scale(); this.drawing.paint(); });
     const many = model.doc.ops.length > 400;
     $("unfold").disabled = many;
     if (many) $("unfold").title = "More than 400 operations: unfold the modules you look at.";
@@ -275,7 +275,7 @@ class App {
     if (closed.length) { this.drawing.render(); this.tree.render(); }
     this.select(box.key);
     const shown = this.drawing.shown.get(box.key);
-    if (shown) { this.drawing.setStop(box.key); this.drawing.centre(shown); }
+    if (shown) { this.drawing.setStop(box.key); this.drawing.center(shown); }
   }
 
   foldAll(open) {
@@ -293,7 +293,7 @@ class App {
     this.range = null;
     const legend = $("legend");
     legend.replaceChildren();
-    if (this.colouring === "gradient") {
+    if (this.coloring === "gradient") {
       let low = Infinity, high = 0;
       for (const id of this.backward.stepsOfOp.keys()) {
         const norm = this.backward.normOfOp(id);
@@ -306,17 +306,17 @@ class App {
       legend.append("‖g‖ " + number(low, 2), bar, number(high, 2) + " log");
       return;
     }
-    const entries = this.colouring === "verdict" ? Object.entries(VERDICTS).filter(([name]) => Object.values(this.model.doc.verdicts).some((v) => v.verdict === name)).map(([, [colour, mark, words]]) => [mark + " " + words, colour])
-      : [...new Set(this.model.doc.ops.map(kindOf))].map(([name, colour]) => [name, colour]);
-    for (const [name, colour] of entries) {
+    const entries = this.coloring === "verdict" ? Object.entries(VERDICTS).filter(([name]) => Object.values(this.model.doc.verdicts).some((v) => v.verdict === name)).map(([, [color, mark, words]]) => [mark + " " + words, color])
+      : [...new Set(this.model.doc.ops.map(kindOf))].map(([name, color]) => [name, color]);
+    for (const [name, color] of entries) {
       const dot = make("span", { class: "dot", "aria-hidden": "true" });
-      dot.style.background = colour;
+      dot.style.background = color;
       legend.append(make("span", { class: "entry" }, dot, name));
     }
   }
 
-  colourOf(box) {
-    if (this.colouring === "gradient") {
+  colorOf(box) {
+    if (this.coloring === "gradient") {
       const norm = this.backward.normOfBox(box);
       if (norm === null) return null;
       if (typeof norm === "string") return { fill: "#d55e00", on: "#000000", mark: "not finite" };
@@ -326,7 +326,7 @@ class App {
       return { fill: `rgb(${rgb})`, on: onTop(rgb) };
     }
     if (box.value !== undefined) return null;
-    if (this.colouring === "kind") {
+    if (this.coloring === "kind") {
       const kinds = new Set(box.opIds.map((id) => kindOf(this.model.ops.get(id))));
       return kinds.size === 1 ? { strip: [...kinds][0][1] } : null;
     }
