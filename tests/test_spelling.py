@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TEXTS = [
-    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "LOG.md", *sorted((ROOT / "docs").rglob("*.md")),
-    *(f for f in sorted((ROOT / "src").rglob("*")) if f.suffix in (".py", ".js", ".css", ".html", ".md") and "vendor" not in f.parts),
-]  # fmt: skip
+KINDS = {".py", ".js", ".css", ".html", ".md"}
+SOURCES = [f for f in sorted((ROOT / "src").rglob("*")) if f.suffix in KINDS and "vendor" not in f.parts]
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "LOG.md", *sorted((ROOT / "docs").glob("*.md")), *SOURCES]
 BRITISH = re.compile(
     r"""(initial|normal|optim|token|quant|util|organ|serial|summar|minim|maxim|general|special|synchron|factor|visual
         |random|vector|parametr|material|final|recogn|penal|equal|local|standard)is(e|es|ed|er|ers|ing|ation|ations)\b

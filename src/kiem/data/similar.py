@@ -18,7 +18,7 @@ SAMPLES = 192  # shingles of a text that are looked at, about: those with the sm
 BANDS = 12
 AGREE = 5  # bands that near copies have in common
 BATCH = 512 * 1024  # bytes of text that are sketched at once
-NEIGHBOURS = 3  # texts of an equal band are compared with the next ones in its order
+NEIGHBORS = 3  # texts of an equal band are compared with the next ones in its order
 _WHITE = b" \t\r\n\v\f"
 _LOWER = bytes(range(256)).lower()
 _ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -115,7 +115,7 @@ def group(sketches: Sketches) -> np.ndarray:
     _join(label_N, _pairs(np.argsort(exact_N, kind="stable"), exact_N, 1))
     for band in range(BANDS):
         order = np.lexsort((bands_NB[:, (band + 1) % BANDS], bands_NB[:, band]))
-        for distance in range(1, NEIGHBOURS + 1):
+        for distance in range(1, NEIGHBORS + 1):
             pairs = _pairs(order, bands_NB[:, band], distance)
             pairs = pairs[:, label_N[pairs[0]] != label_N[pairs[1]]]
             _join(label_N, pairs[:, (bands_NB[pairs[0]] == bands_NB[pairs[1]]).sum(axis=1) >= AGREE])
