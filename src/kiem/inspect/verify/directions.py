@@ -65,7 +65,7 @@ def structured(op: Op, argument: str, tensor: Tensor) -> Tensor:
 
 def taken(op: Op, argument: str, x: Tensor) -> Tensor:
     """An argument as the operation takes it: its gradient is that of the operation of this, whatever else it holds."""
-    return x.log_softmax(-1) if STRUCTURE[op.label, argument] == "normalised" else structured(op, argument, x)
+    return x.log_softmax(-1) if STRUCTURE[op.label, argument] == "normalized" else structured(op, argument, x)
 
 
 def without_padding(op: Op, argument: str, direction: Tensor) -> Tensor:
