@@ -126,6 +126,8 @@ class Trace:
         with self._recorder.pause():
             result = self._verifier.ended() if self._verifier else verify_recorded(self._recorder.state)
             result.notes += [note for note in self.graph.notes if note not in result.notes]
+            known = {gap.text for gap in result.gaps}
+            result.gaps += [Gap("unrecorded", note) for note in self.graph.unrecorded if note not in known]
             if self.graph.failure is not None and all(gap.kind != "program" for gap in result.gaps):
                 result.gaps.append(Gap("program", f"The program failed: {self.graph.failure.kind}"))
         return Verification(self.graph, result)

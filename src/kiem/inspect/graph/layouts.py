@@ -120,6 +120,12 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def batched(tensor: Tensor) -> bool:
+    """Whether it stands for many tensors at once, of `vmap` or of `is_grads_batched`."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def outside_transforms() -> AbstractContextManager:
     """Within it, transforms of torch.func that are under way do not see what is computed."""
     active = torch._C._functorch.peek_interpreter_stack() is not None
@@ -135,7 +141,7 @@ def readable(tensor: Tensor) -> Tensor | None:
     """The elements, strided and without a graph, of a tensor that is `unwrapped`; None if there are none to look at
     (meta, fake, functional, memory that was given back)."""
     tensor = filled(tensor)
-    wrapped = torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._is_functional_tensor(tensor)
+    wrapped = batched(tensor) or torch._is_functional_tensor(tensor)
     if wrapped or tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
         return None
     if is_lazy(tensor) or (tensor.is_nested and tensor.layout == torch.strided):

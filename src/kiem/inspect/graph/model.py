@@ -169,10 +169,12 @@ class BackwardCall:
     root_keys: tuple[tuple, ...] = ()
     steps: list[Step] = field(default_factory=list)
     nested: bool = False  # inside another one: a reentrant checkpoint
+    after_value: int = 0  # values before this index were known
     retained: bool = False  # the graph may be run through again
     transformed: bool = False  # by torch.func, which computes on tensors of its own
     partial: bool = False  # asked for the gradients of some inputs only
     leaf_grads: dict[int, Gradient] = field(default_factory=dict)  # what this call added to `.grad`, by value
+    handed: list[Step] = field(default_factory=list)  # what autograd.grad gave: `key`, the edge to the tensor `leaf`
 
 
 @dataclass(slots=True)
@@ -251,6 +253,7 @@ class Graph:
         self.storages: dict[int, Storage] = {}
         self.repeats: list[Repeat] = []
         self.notes: list[str] = []
+        self.unrecorded: list[str] = []  # those of the notes that say of gradients that they were not seen
         self.failure: Failure | None = None
         self.next_op = self.next_value = self.next_backward = 0  # ids
         self._ops: dict[int, Op] = {}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from kiem.inspect.graph.layouts import batched
 from kiem.inspect.graph.model import BackwardCall, Gradient, Op, Step
 from kiem.inspect.graph.stats import gradient
 from kiem.inspect.record import source
@@ -39,7 +40,7 @@ class BackwardHooks:
             if self._state.paused or compiling():
                 return original(t_outputs, *args, **kwargs)
             if not self._state.records_here():
-                self._state.note("A backward call in another thread is not recorded.")
+                self._state.note("A backward call in another thread is not recorded.", lost=True)
                 return original(t_outputs, *args, **kwargs)
             return self._run(original, t_outputs, args, kwargs)
 
@@ -108,6 +109,7 @@ class BackwardHooks:
         roots = tuple(map(self._table.of, outputs))
         call = BackwardCall(graph.next_backward, source.at(frame), graph.next_op, roots, nested=self._state.running)
         call.transformed = torch._C._are_functorch_transforms_active()
+        call.after_value = graph.next_value
         call.root_keys = tuple(map(self._table.edge, outputs, roots))
         graph.add_backward(call)
         return call
@@ -234,9 +236,21 @@ class BackwardHooks:
         if not isinstance(result, tuple):
             return
         for tensor, grad in zip(wanted, result, strict=False):
-            if isinstance(tensor, torch.Tensor) and isinstance(grad, torch.Tensor):
+            if isinstance(grad, torch.Tensor) and batched(grad):
+                self._state.note("Of many gradients at once (is_grads_batched) none is verified.", lost=True)
+            elif isinstance(tensor, torch.Tensor) and isinstance(grad, torch.Tensor):
                 value = self._table.leaf(tensor) if tensor.is_leaf else self._table.of(tensor)
-                call.leaf_grads[value] = self._gradient(grad)
+                call.leaf_grads[value] = record = self._gradient(grad)
+                if not call.nested and not call.transformed:
+                    place = self._table.edge(tensor, value)
+                    self._hand_out(call, Step(None, "autograd.grad", place, value, (record,), (), ()), grad)
+
+    def _hand_out(self, call: BackwardCall, step: Step, grad: torch.Tensor) -> None:
+        call.handed.append(step)
+        if self._state.observer is not None:
+            self._state.observer.handed_out(self._state, call, step, grad)
+        else:
+            self._state.keep_gradients(Evidence(call, step, None, (grad,), ()))
 
 
 def _reachable(outputs) -> list:
@@ -298,7 +312,7 @@ def joins(call: BackwardCall):
     """(step, output position, sum of the sketches sent to it, sum of their norms, how many) for each gradient that
     arrived from other nodes."""
     sums: dict[tuple, tuple[torch.Tensor, float, int]] = {}
-    for step in call.steps:
+    for step in (*call.steps, *call.handed):
         key = step.key if step.leaf is None else None
         for position in range(len(step.into)):
             place = (key[0], position) if key else step.key

@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            self.state.note("What is captured in a CUDA graph cannot be looked at: it is not recorded.")
+            self.state.note("What is captured in a CUDA graph cannot be looked at: it is not recorded.", lost=True)
             return run(func, args, kwargs)
         if self.state.paused or len(self.graph.ops) >= MAX_OPS or not isinstance(func, torch._ops.OpOverload):
             return run(func, args, kwargs)  # among them the higher-order operations, whose inside reaches us by itself
@@ -147,7 +147,7 @@ class Recorder(TorchDispatchMode):
                 op.outputs = tuple(self._outputs(out, op, dict(zip(map(id, written), op.mutates, strict=True))))
                 self.state.local.last = (*place, op.outputs)
                 if len(self.graph.ops) == MAX_OPS:
-                    self.state.note(f"Recording ended after {MAX_OPS:,} operations.")
+                    self.state.note(f"Recording ended after {MAX_OPS:,} operations.", lost=True)
         return out
 
     def _unrecorded(self, func, args: tuple, kwargs: dict, written: list[torch.Tensor]):

@@ -42,6 +42,9 @@ class Observer(Protocol):
     ) -> None:
         """A backward node has run; its saved tensors are still there."""
 
+    def handed_out(self, state: RecordState, call: BackwardCall, step: Step, gradient: torch.Tensor) -> None:
+        """An outermost call of autograd.grad gives this gradient back (BackwardCall.handed)."""
+
     def backward_ended(self, state: RecordState, call: BackwardCall) -> None:
         """An outermost backward call is over."""
 
@@ -108,12 +111,14 @@ class RecordState:
     def failed(self, what: str, where: Source, error: Exception) -> None:
         """Note what could not be recorded."""
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        self.note(f"{what} at {where} could not be recorded: {reason}")
+        self.note(f"{what} at {where} could not be recorded: {reason}", lost=True)
 
-    def note(self, note: str) -> None:
-        """Say something once."""
+    def note(self, note: str, lost: bool = False) -> None:
+        """Say something once. `lost`: gradients may have gone by unseen."""
         if note not in self.graph.notes:
             self.graph.notes.append(note)
+            if lost:
+                self.graph.unrecorded.append(note)
 
     # -- evidence ------------------------------------------------------------------------------------------------------
 

@@ -52,10 +52,19 @@ def whole_verdicts(
     """A verdict for each leaf that got a gradient in this call, and notes. `roots`: the gradient with which the call
     began, by key; `opaque`: operations of which not all of the inside was seen; `wrong`: those whose own gradient is.
     Raises Unchecked with the reason if the way cannot be run again."""
-    if not leaves:
-        return [], []
+    inner = {step.leaf: step.key for step in call.handed if step.leaf is not None and step.key[0] != "leaf"}
+    groups = [{leaf: g for leaf, g in leaves.items() if leaf not in inner}]
+    groups += [{value: leaves[value]} for value in inner if value in leaves]
     try:
-        return _Whole(graph, call, recorded, leaves, roots, _begin(graph, call), opaque, wrong).verdicts()
+        verdicts: list[InputVerdict] = []
+        notes: list[str] = []
+        for group in groups if call.steps else []:
+            if group:
+                at = {inner[v]: v for v in group if v in inner}
+                whole = _Whole(graph, call, recorded, group, roots, _begin(graph, call), opaque, wrong, at)
+                found, said = whole.verdicts()
+                verdicts, notes = verdicts + found, notes + said
+        return verdicts, notes
     except Exception as reason:
         raise Unchecked(str(reason).splitlines()[0][:160] if str(reason) else type(reason).__name__) from reason
 
@@ -84,8 +93,8 @@ def unlike_numbers(graph: Graph, leaves: Tensors) -> list[InputVerdict]:
 
 
 class _Whole:
-    def __init__(self, graph, call, recorded, leaves, roots, start, opaque, wrong):
-        self.graph, self.call, self.got, self.recorded = graph, call, leaves, recorded
+    def __init__(self, graph, call, recorded, leaves, roots, start, opaque, wrong, at):
+        self.graph, self.call, self.got, self.recorded, self.at = graph, call, leaves, recorded, at
         # What ran under no_grad is a constant.
         ran = (
             op for op in graph.ops_between(start, call.after_op)
@@ -103,8 +112,8 @@ class _Whole:
         self.shown: dict[int, int] = {}  # value that an operation read -> the leaf that it shows
         for op in self.ops:
             for (_, value), edge in zip(op.inputs, op.edges, strict=False):
-                if edge and edge[0] == "leaf":
-                    self.shown[value] = edge[1]
+                if edge and (edge[0] == "leaf" or edge in at):
+                    self.shown[value] = at[edge] if edge in at else edge[1]
         held = (v for v, leaf in self.shown.items() if leaf in leaves and v in recorded)
         self.base = {v: elements(widen(recorded[v])) for v in held}
         self.first = {leaf: v for v, leaf in reversed(self.shown.items()) if v in self.base}
@@ -287,7 +296,7 @@ class _Whole:
         """Leaves whose gradient is not meant to be the derivative: a hook is on its way, or a Function that says so."""
         steps = {step.key: step for step in self.call.steps}
         found: dict[int, str] = {}
-        for start in self.call.steps:
+        for start in (*self.call.steps, *self.call.handed):
             op = None if start.op is None else self.graph.op(start.op)
             if start.changed_by_hook:
                 of = [start.leaf] if start.leaf is not None else op.outputs if op else ()
@@ -305,6 +314,8 @@ class _Whole:
             while waiting:
                 step = waiting.pop()
                 for edge in step.edges:
+                    if edge is not None and edge in self.at:
+                        found.setdefault(self.at[edge], what)
                     if edge is not None and edge[0] == "leaf":
                         found.setdefault(edge[1], what)
                     elif edge is not None and edge[:1] not in been and edge[:1] in steps:

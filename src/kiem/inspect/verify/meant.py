@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from kiem.inspect.graph.model import Op, Step
+from kiem.inspect.record.state import Pause
 
 
 def surrogate(op: Op) -> bool:
@@ -24,3 +27,18 @@ def module_hook(op: Op, step: Step) -> str:
         for a, b in passed
     )
     return "" if same else f"a backward hook of the module changes the gradient ({op.module or op.source})"
+
+
+def without_hooks(op: Op, node: Any, into: tuple) -> tuple | None:
+    """What a node of torch's own gives by itself, without the hooks on it (`grad_fn.register_hook`, and the module's
+    `register_backward_hook` by it), which have changed what the program got. None if it cannot be run again, or may
+    give something else each time."""
+    custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+    if op.kind != "op" or op.packed or op.node == "CopySlices" or custom:
+        return None
+    try:
+        with Pause(), torch.no_grad():
+            again = node(*into)
+    except Exception:
+        return None  # what it had saved is gone
+    return again if isinstance(again, tuple) else (again,)

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from kiem.inspect.graph.model import BackwardCall, Dropped, Graph, Op, Pass, Sou
 from kiem.inspect.record.state import RecordState
 from kiem.inspect.verify.end_to_end import Unchecked, unlike_numbers, whole_verdicts
 from kiem.inspect.verify.judge import InputVerdict
+from kiem.inspect.verify.meant import without_hooks
 from kiem.inspect.verify.nonfinite import backward_text, forward_verdict, nonfinite
 from kiem.inspect.verify.operation import Verdict, check
 
@@ -36,7 +38,7 @@ class Case:
 @dataclass(frozen=True, slots=True)
 class Gap:
     """Something that was not checked. `kind`: node (a backward node that no recorded operation made), transform
-    (torch.func), end to end, repeat (steps of a loop left out for time), program (it failed)."""
+    (torch.func), unrecorded, end to end, repeat (steps of a loop left out for time), program (it failed)."""
 
     kind: str
     text: str
@@ -107,8 +109,13 @@ class Verifier:
                 self._done.add(op.index)
             return
         began = time.perf_counter()
-        self.add(state, state.calls[-1], step, op, into, out)
+        self.add(state, state.calls[-1], step, op, into, out, node)
         self.result.seconds += time.perf_counter() - began
+
+    def handed_out(self, state: RecordState, call: BackwardCall, step: Step, gradient: torch.Tensor) -> None:
+        """Hold what autograd.grad gave, for the end of the call."""
+        if not self._skips(state, call):
+            self.add(state, call, step, None, (gradient,), ())
 
     def _skips(self, state: RecordState, call: BackwardCall) -> bool:
         """Whether a call is left out: of steps that do the same, the first three, the fourth, the eighth, the 16th and
@@ -123,11 +130,11 @@ class Verifier:
                 self._left_out[call.source] += 1
         return self._skip
 
-    def add(self, state: RecordState, call: BackwardCall, step: Step, op: Op | None, into: tuple, out: tuple) -> None:
-        """Check one node of a call."""
+    def add(self, state, call: BackwardCall, step: Step, op: Op | None, into: tuple, out: tuple, node=None) -> None:
+        """Check one node of a call. `node`: it itself, as long as it can be run again."""
         if step.leaf is not None:
             if into[0] is not None:
-                self._leaves[call.index, step.leaf] = into[0]
+                self._leaves[call.index, step.leaf] = into[0].detach()
             return
         for position, grad in enumerate(into):
             if grad is not None and (step.key[0], position) in call.root_keys:
@@ -146,6 +153,9 @@ class Verifier:
         if verdict.verdict == "wrong" and op.kind == "function" and (inner := self._wrong_inside(call)) is not None:
             name, place = state.graph.op(inner.op).label, state.graph.op(inner.op).source
             verdict.verdict, verdict.text = "unchecked", f"its backward runs that of {name} at {place}, which is wrong"
+        if verdict.verdict == "wrong" and node is not None and self._hooked(state, call, step, op, into, node):
+            verdict.verdict, verdict.text = "hook", f"a hook on {op.node} changes the gradient"
+            step.changed_by_hook = True
         self.result.verdicts.append(verdict)
         if verdict.opaque:
             self._opaque.add(op.index)
@@ -161,6 +171,13 @@ class Verifier:
             held = state.kept.tensors
             inputs = {v: held[v].clone() for v in {v for _, v in op.inputs} if v in held}
             self.result.cases.append(Case(verdict, inputs, tuple(None if g is None else g.clone() for g in into)))
+
+    def _hooked(self, state: RecordState, call: BackwardCall, step: Step, op: Op, into: tuple, node: Any) -> bool:
+        """Whether a node whose gradient is wrong gives the right one by itself, so that a hook on it changed that."""
+        out = without_hooks(op, node, into)
+        if out is None:
+            return False
+        return check_safely(state.graph, call, op, step, state.kept.tensors, into, out).verdict in ("ok", "kink")
 
     def _wrong_inside(self, call: BackwardCall) -> Verdict | None:
         """What was found wrong in a backward call that the last node of this call made."""
@@ -182,10 +199,8 @@ class Verifier:
 
     def end(self, state: RecordState, call: BackwardCall) -> None:
         """Check the whole gradients of a call."""
-        leaves = {leaf: grad for (index, leaf), grad in self._leaves.items() if index == call.index}
-        roots = {key: grad for (index, key), grad in self._roots.items() if index == call.index}
         self._blame(state, call)
-        covered = self._end_to_end and self._whole(state, call, leaves, roots)
+        covered = self._end_to_end and all([self._whole(state, one) for one in _with_nested(state.graph, call)])
         for note in (note for notes in self._nodes.values() for note in notes):
             # Autograd makes nodes of its own for views: where the whole is right, they are.
             self._note(note) if covered else self._gap("node", note)
@@ -198,10 +213,7 @@ class Verifier:
         bad = [v for v in call.roots if nonfinite(graph.value(v))]
         if bad:
             self.result.verdicts.insert(self._first(call), forward_verdict(graph, call, bad, held, "the loss itself"))
-        inside = itertools.takewhile(
-            lambda c: c is call or c.nested, itertools.dropwhile(lambda c: c is not call, graph.backwards)
-        )
-        if not bad and any(nonfinite(g) for c in inside for g in c.leaf_grads.values()):
+        if not bad and any(nonfinite(g) for c in _with_nested(graph, call) for g in c.leaf_grads.values()):
             for verdict in self._made:
                 verdict.verdict = "nonfinite"
                 verdict.text = backward_text(graph, graph.op(verdict.op), call, held)
@@ -212,8 +224,15 @@ class Verifier:
         found = (i for i, v in enumerate(self.result.verdicts) if v.backward >= call.index)
         return next(found, len(self.result.verdicts))
 
-    def _whole(self, state: RecordState, call: BackwardCall, leaves: dict, roots: dict) -> bool:
+    def _whole(self, state: RecordState, call: BackwardCall) -> bool:
         """Whether every leaf of a call could be checked, and none is wrong."""
+        leaves = {leaf: grad for (index, leaf), grad in self._leaves.items() if index == call.index}
+        roots = {key: grad for (index, key), grad in self._roots.items() if index == call.index}
+        if call.nested:  # what was made for this call alone is not what the program asks for
+            outer = max(
+                (c for c in state.graph.backwards if not c.nested and c.index < call.index), key=lambda c: c.index
+            )
+            leaves = {leaf: grad for leaf, grad in leaves.items() if leaf < outer.after_value}
         try:
             wrong = {v.op for v in self.result.wrong}
             verdicts, notes = whole_verdicts(state.graph, call, state.kept.tensors, leaves, roots, self._opaque, wrong)
@@ -286,6 +305,12 @@ class Verifier:
     def _note(self, note: str) -> None:
         if note not in self.result.notes:
             self.result.notes.append(note)
+
+
+def _with_nested(graph: Graph, call: BackwardCall) -> list[BackwardCall]:
+    """An outermost backward call and those inside it."""
+    later = itertools.dropwhile(lambda c: c is not call, graph.backwards)
+    return list(itertools.takewhile(lambda c: c is call or c.nested, later))
 
 
 def check_safely(
