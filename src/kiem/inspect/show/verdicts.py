@@ -111,6 +111,7 @@ def _not_checked(graph: Graph, result: Result) -> list[str]:
     found += [f"{_count(coarse, 'gradient')} checked too coarsely to tell"] if coarse else []
     found += [f"{_count(kinds['node'], 'kind')} of backward nodes not recorded"] if kinds["node"] else []
     found += ["gradients by torch.func are not verified"] if kinds["transform"] else []
+    found += ["not everything was recorded"] if kinds["unrecorded"] else []
     found += ["steps of a loop were left out to save time"] if kinds["repeat"] else []
     if not result.parameters:
         found.append("no parameter checked end to end")
