@@ -93,7 +93,7 @@ def step_bytes(config: RunConfig, dtype: torch.dtype) -> int:
     batches = random_batch(config.model, rows, True).micro(micro)
     train_step(NextToken(), model, optimizer, batches, config.train, 0)
     optimizer.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         train_step(NextToken(), model, optimizer, batches, config.train, 0)
     events = [(e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0
