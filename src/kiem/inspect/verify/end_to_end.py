@@ -21,15 +21,14 @@ from kiem.inspect.verify.judge import (
     InputVerdict,
     Noise,
     Random,
-    forgive_jumps,
     inner,
     judge,
     repeats,
-    rounded_few_times,
     usual_size,
 )
+from kiem.inspect.verify.jumps import NEARER, few_roundings, forgive_jumps
 from kiem.inspect.verify.meant import module_hook, surrogate
-from kiem.inspect.verify.numeric import Derivative, derivative
+from kiem.inspect.verify.numeric import NEAR, Derivative, derivative
 from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors, changes_what_has_a_gradient, leading_to, widen
 from kiem.inspect.verify.slices import Slices
 
@@ -165,9 +164,11 @@ class _Whole:
             changes = [self.value({}, Noise(self.random))[at] - self.outputs[at] for _ in range(2)]
         return max(float(torch.linalg.vector_norm(change)) for change in changes) / NOISE
 
-    def _near(self, unit: float) -> Tensors:
-        """How far the leaves are from what they would be after a few roundings."""
-        return {leaf: rounded_few_times(x, unit, self.random) - x for leaf, x in self.leaves.items()}
+    def _near(self, unit: float, leaf: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient of a leaf where all leaves are a few roundings off, and nearer on the same way."""
+        ways = {leaf: few_roundings(x, unit, self.random) for leaf, x in self.leaves.items()}
+        there, nearer = (self.gradients(at={k: far * way for k, way in ways.items()}) for far in (1.0, NEARER))
+        return there[leaf], nearer[leaf]
 
     def _sides(self, leaf: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradient a little to both sides of what the leaf holds."""
@@ -195,10 +196,10 @@ class _Whole:
     def _shake(self, x: torch.Tensor) -> torch.Tensor:
         return x * (1 + NOISE * self.random.like(x))
 
-    def _along(self, leaf: int, direction: torch.Tensor) -> Derivative:
-        return self.numeric({leaf: direction})
+    def _along(self, leaf: int, direction: torch.Tensor, nearer: bool = False) -> Derivative:
+        return self.numeric({leaf: direction}, nearer)
 
-    def numeric(self, directions: Tensors) -> Derivative:
+    def numeric(self, directions: Tensors, nearer: bool = False) -> Derivative:
         """The derivative of the loss along directions of leaves."""
 
         def phi(e: float) -> float:
@@ -207,7 +208,7 @@ class _Whole:
 
         with torch.no_grad():
             size = sum(float((c * y).abs().sum()) for c, y in zip(self.cotangents, self.outputs, strict=True))
-            return derivative(phi, size, step=2.0**-10)
+            return derivative(phi, size, NEAR, tries=1) if nearer else derivative(phi, size, step=2.0**-10)
 
     def verdicts(self) -> tuple[list[InputVerdict], list[str]]:
         """Each leaf; first all of them along one direction, then each alone as long as there is time."""
@@ -245,27 +246,24 @@ class _Whole:
             if not single:  # the joint derivative, less what the reference says of the others
                 shift = total - inner(reference[leaf], along)
                 number = type(joint)(joint.value - shift, joint.error, joint.low - shift, joint.high - shift)
-            judge(
-                result,
-                Evidence(
-                    got=at_elements(widen(self.got[leaf]), self.recorded[first]),
-                    reference=reference[leaf],
-                    moved=moved,
-                    unit=unit,
-                    direction=along,
-                    number=number,
-                    numeric=functools.partial(self._along, leaf),
-                    sides=functools.partial(self._sides, leaf),
-                    independent=self.closed,
-                    slices=slices.get(leaf),
-                    roundings=2 * ROUNDINGS,  # forward and backward
-                    coarsest=1.0,  # the sign and size of the whole; each operation was held to more
-                ),
+            evidence = Evidence(
+                got=at_elements(widen(self.got[leaf]), self.recorded[first]),
+                reference=reference[leaf],
+                moved=moved,
+                unit=unit,
+                direction=along,
+                number=number,
+                numeric=functools.partial(self._along, leaf),
+                nearer=functools.partial(self._along, leaf, nearer=True),
+                sides=functools.partial(self._sides, leaf),
+                independent=self.closed,
+                slices=slices.get(leaf),
+                roundings=2 * ROUNDINGS,  # forward and backward
+                coarsest=1.0,  # the sign and size of the whole; each operation was held to more
             )
+            judge(result, evidence)
             if result.verdict == "wrong" and not result.nonfinite:
-                got = at_elements(widen(self.got[leaf]), self.recorded[first])
-                near = functools.partial(lambda unit, leaf: self.gradients(at=self._near(unit))[leaf], unit, leaf)
-                forgive_jumps(result, got, reference[leaf], moved, unit, near)
+                forgive_jumps(result, evidence, functools.partial(self._near, unit, leaf))
             if result.nonfinite:
                 result.verdict = "nonfinite"
             if leaf in meant and not result.nonfinite:

@@ -25,12 +25,12 @@ from kiem.inspect.graph.layouts import elements, regular
 from kiem.inspect.verify.numeric import Derivative
 from kiem.inspect.verify.slices import Slices
 
-JUMPS = 8  # samples of inputs around a wrong element at a time
 NOISE = 2.0**-26  # relative; far above float64's rounding, far below where formulas stop being straight
 COARSEST = 0.2  # relative error of a whole gradient that must show
 ROUNDINGS = 8.0  # of a stable algorithm
 OUTLIER = 64.0  # times what is usual
 FINE = 2.0**-12  # types of a unit below need no sums over slices: no wrong factor hides in their bounds
+DOUBLE = 2.0**-46  # some roundings of float64, in which references are computed
 ROW = 262_139  # a prime: no dimension of a tensor falls in step with it
 
 
@@ -114,11 +114,6 @@ class Random:
             yield start, Random._row[first : first + min(ROW, count - start)]
 
 
-def rounded_few_times(x: Tensor, unit: float, random: Random) -> Tensor:
-    """x moved by a few roundings of numbers of its own and of its usual size."""
-    return x + 4 * unit * (x.abs() + usual_size(x)) * random.like(x)
-
-
 class Noise:
     """Laid on what operations give, as their roundings would be, forward and backward."""
 
@@ -157,7 +152,9 @@ class Evidence:
     so where both say the same, a number that says something else did not settle. `slices`: sums over slices, of coarse
     types. `others`: numbers along other directions. `roundings`: on the way, of sums over slices. `coarsest`: the
     relative error of the whole that must show. `size`: of the terms whose derivative the number is. `arrived`:
-    something arrived that was not finite, so that what is not finite of `got` is no fault of it."""
+    something arrived that was not finite, so that what is not finite of `got` is no fault of it. `nearer`: a number
+    along a direction by much smaller steps, as functions that have steps themselves (a rounding) need. `arriving`: how
+    far one rounding of nothing but the gradients that arrived moves each element."""
 
     got: Tensor
     reference: Tensor | None
@@ -174,6 +171,8 @@ class Evidence:
     coarsest: float = COARSEST
     size: float = 0.0
     arrived: bool = False
+    nearer: Callable[[Tensor], Derivative] | None = None
+    arriving: Callable[[], Tensor] | None = None
 
 
 def judge(result: InputVerdict, given: Evidence) -> None:
@@ -250,33 +249,47 @@ def _by_reference(result: InputVerdict, given: Evidence) -> None:
     got, reference, unit, direction, number = given.got, given.reference, given.unit, given.direction, given.number
     assert reference is not None and given.moved is not None  # judge() sends the others to _by_number
     tiny = 8 * torch.finfo(result.dtype).tiny
-    moved = _with_neighbors(given.moved)
+    moved = with_neighbors(given.moved)
     allowed = unit * (moved + reference.abs())
     floor = float(moved.mean()) if moved.numel() else 0.0
-    error = (got - reference).abs()
+    error, bound = (got - reference).abs(), result.bound
     ratio = torch.where(error <= tiny, 0.0, error / allowed.clamp_min(tiny * unit))
-    mismatch = ratio > result.bound
+    mismatch = ratio > bound
     result.units = float(ratio.max()) if ratio.numel() else 0.0
-    slack = 5 * float((allowed * direction.abs()).square().sum().sqrt()) * result.bound + 4 * number.error + tiny
+    slack = 5 * float((allowed * direction.abs()).square().sum().sqrt()) * bound + 4 * number.error + tiny
     slack += 1e-6 * float((reference.abs() * direction.abs()).square().sum().sqrt())
     kinked = None
     if number.kink:
-        kinked, between = _between(got, given.sides(), allowed * result.bound, 1e-3 * (floor + reference.abs().max()))
+        kinked, between = _between(got, given.sides(), allowed * bound, 1e-3 * (floor + reference.abs().max()))
         mismatch &= ~(kinked & between)
         direction = direction * ~kinked
         number = given.numeric(direction)
     result.numeric, result.numeric_error, result.along = number.value, number.error, inner(got, direction)
     right = "ok" if kinked is None else "kink"
-    certified = number.low - slack <= inner(reference, direction) <= number.high + slack
-    agrees = number.low - slack <= result.along <= number.high + slack
-    if not certified and not (given.independent and not mismatch.any()):
+    # Both were computed in float64: the rounding of the type is no excuse for a reference.
+    exact = tiny + 1e-6 * float((reference.abs() * direction.abs()).square().sum().sqrt())
+    exact += DOUBLE / unit * float((allowed * direction.abs()).square().sum().sqrt())
+    certified = _certified(reference, direction, number, min(slack, exact + 4 * number.error))
+    settled = True
+    if not certified and given.nearer is not None:
+        nearer = given.nearer(direction)
+        certified = _certified(reference, direction, nearer, exact + 4 * nearer.error)
+        apart = max(nearer.low - number.high, number.low - nearer.high)
+        settled = certified or not apart > 4 * (number.error + nearer.error) + exact
+    if not certified and settled and not (given.independent and not mismatch.any()):
         result.reference = ""  # the number speaks against it and decides alone
-        _by_number(result, dataclasses.replace(given, direction=direction, number=number))
-        if agrees and result.verdict != "coarse":
+        found = _by_number(result, dataclasses.replace(given, direction=direction, number=number))
+        if found is not None:
+            way, number = found
+            slack = 5 * float((allowed * way.abs()).square().sum().sqrt()) * bound + 4 * number.error + tiny
+            if number.low - slack <= result.along <= number.high + slack:  # it may be rounding, as the reference moves
+                result.sharpness = slack / max(abs(result.along), abs(number.value), tiny)
+                result.verdict = right if result.sharpness <= given.coarsest else "coarse"
+        elif result.verdict != "coarse":
             result.verdict = right
         return
     sliced = given.slices.judge(got, reference, given.moved, moved, unit, given.roundings) if given.slices else None
-    result.sharpness = _sharpness(reference, moved, allowed, unit, result.bound)
+    result.sharpness = _sharpness(given, moved, allowed, bound)
     if sliced is not None:
         result.sharpness = min(result.sharpness, sliced.sharpness)
     if mismatch.any():
@@ -289,7 +302,14 @@ def _by_reference(result: InputVerdict, given: Evidence) -> None:
         result.verdict, result.expected, result.got = "wrong", sliced.expected, sliced.got
         result.units, result.bound = sliced.units, sliced.bound
     else:
-        result.verdict = right if result.sharpness <= given.coarsest else "coarse"
+        # Where it has steps, or corners that its reference does not show, no number says anything.
+        vague = number.high - number.low > COARSEST * max(abs(number.high), abs(number.low))
+        known = (certified or settled) and (given.independent or not vague)
+        result.verdict = right if known and result.sharpness <= given.coarsest else "coarse"
+
+
+def _certified(reference: Tensor, direction: Tensor, number: Derivative, slack: float) -> bool:
+    return number.low - slack <= inner(reference, direction) <= number.high + slack
 
 
 def _between(got: Tensor, sides: tuple[Tensor, Tensor], slack: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,18 +324,28 @@ def _between(got: Tensor, sides: tuple[Tensor, Tensor], slack: Tensor, size: Ten
     return kinked, (got >= low - slack) & (got <= high + slack)
 
 
-def _sharpness(reference: Tensor, moved: Tensor, allowed: Tensor, unit: float, bound: float) -> float:
-    """The smallest relative error of all elements that one of them would have shown. Where terms cancel down to their
-    roundings, the gradient is zero as far as its type can say, and that is what was checked."""
-    if reference.numel() == 0:
+def _sharpness(given: Evidence, moved: Tensor, allowed: Tensor, bound: float) -> float:
+    """The smallest relative error of all elements that one of them would have shown."""
+    assert given.reference is not None
+    size = given.reference.abs()
+    if size.numel() == 0 or _cancels(given, size, moved):
         return 0.0
-    if float(reference.abs().max()) <= ROUNDINGS * unit * float(moved.max()):
-        return 0.0
-    return bound / float((reference.abs() / allowed.clamp_min(torch.finfo(torch.float64).tiny)).max())
+    return bound / float((size / allowed.clamp_min(torch.finfo(torch.float64).tiny)).max())
 
 
-def _by_number(result: InputVerdict, given: Evidence) -> None:
-    """Only derivatives along directions are known."""
+def _cancels(given: Evidence, size: Tensor, moved: Tensor) -> bool:
+    """Whether terms cancel down to their roundings: there the gradient is zero as far as its type can say, and that is
+    what was checked. A steep function is moved by as much, but not because of what arrives."""
+    few = ROUNDINGS if given.unit <= FINE else 1.0
+    if not bool((size <= few * given.unit * moved).all()):
+        return False
+    if given.arriving is None or float(size.max()) <= NOISE**2 * float(moved.max()):
+        return True
+    return bool((size <= few * given.unit * with_neighbors(given.arriving())).all())
+
+
+def _by_number(result: InputVerdict, given: Evidence) -> tuple[Tensor, Derivative] | None:
+    """Only derivatives along directions are known. The direction that says that it is wrong, with its number."""
     unit, got, bound = given.unit, given.got, result.bound
     usual = float(got.abs().square().mean().sqrt()) if got.numel() else 0.0
     sharpness, worst = math.inf, -1.0
@@ -338,44 +368,15 @@ def _by_number(result: InputVerdict, given: Evidence) -> None:
                 result.units, result.bound = abs(along - number.value) / (unit * scale), allowed / (unit * scale)
         if not right:
             result.verdict, result.expected, result.got = "wrong", number.value, along
-            return
+            return direction, number
     kink = given.number.kink
     nothing = sharpness == math.inf and math.isfinite(given.number.error)
     result.sharpness = 0.0 if nothing or (zero and usual == 0.0) else sharpness
     result.verdict = "coarse" if result.sharpness > given.coarsest else "kink" if kink else "ok"
+    return None
 
 
-def forgive_jumps(
-    result: InputVerdict, got: Tensor, reference: Tensor, moved: Tensor, unit: float, near: Callable[[], Tensor]
-) -> None:
-    """Takes a wrong verdict back if every wrong element is one where the reference jumps within a few roundings of the
-    inputs, and lies between what it gives there (`near`: a sample): the operation may have been on either side, as
-    where a position in a grid falls into one cell or the next. To an element several may have jumped: samples are drawn
-    as long as each few more bring some more elements between."""
-    allowed = unit * (_with_neighbors(moved.clone()) + reference.abs()) * result.bound
-    slack = allowed[..., None] if got.is_complex() or reference.is_complex() else allowed
-    got, low = _real(got), _real(reference)
-    high, right = low, (got - low).abs() <= slack
-    outside = int((~right).sum())
-    if not outside:
-        return  # a sum over a slice, or the number, says that it is wrong: that is no jump of an element
-    while outside:
-        for _ in range(JUMPS):
-            sample = _real(near())
-            low, high = torch.minimum(low, sample), torch.maximum(high, sample)
-        jumps = (high - low > slack) & (got >= low - slack) & (got <= high + slack)
-        before, outside = outside, int((~(right | jumps)).sum())
-        if outside == before:
-            return
-    result.verdict, result.wrong_elements, result.element = "kink", 0, None
-    result.expected = result.got = None
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _with_neighbors(moved: Tensor) -> Tensor:
+def with_neighbors(moved: Tensor) -> Tensor:
     """A few samples of noise can leave an element unmoved by chance: it gets what is usual in its row and in the
     tensor. A few that noise throws from one branch to the other say nothing of the rest."""
     moved = moved.nan_to_num(nan=0.0, posinf=0.0)
@@ -407,9 +408,9 @@ def _plainly_right(result: InputVerdict, given: Evidence) -> bool:
     ):
         return False
     tiny = 8 * torch.finfo(result.dtype).tiny
-    moved = _with_neighbors(given.moved)
+    moved = with_neighbors(given.moved)
     parts = [t.reshape(-1).split(ROW) for t in (got, reference, moved, given.direction)]
-    worst = slack = along = 0.0
+    worst = slack = along = due = 0.0
     for part, ref, move, way in zip(*parts, strict=True) if got.numel() else ():
         size = ref.abs()
         allowed = (move + size).mul_(unit)
@@ -417,12 +418,14 @@ def _plainly_right(result: InputVerdict, given: Evidence) -> bool:
         here = float(ratio.max())
         slack += float((allowed * way).square_().sum())
         along += float((size * way).square_().sum())
+        due += inner(ref, way)
         if not here <= result.bound:  # or it is not finite
             return False
         worst = max(worst, here)
     sharpness = 0.0 if along == 0.0 else result.bound * math.sqrt(slack / along)
-    slack = 5 * math.sqrt(slack) * result.bound + 4 * number.error + tiny + 1e-6 * math.sqrt(along)
-    if not sharpness <= given.coarsest:
+    exact = 4 * number.error + tiny + 1e-6 * math.sqrt(along) + DOUBLE / unit * math.sqrt(slack)
+    slack = 5 * math.sqrt(slack) * result.bound + exact
+    if not sharpness <= given.coarsest or not number.low - exact <= due <= number.high + exact:
         return False
     result.units, result.sharpness = worst, sharpness
     return number.low - slack <= result.along <= number.high + slack

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 UNIT = 2.0**-53
+NEAR = 2.0**-22  # a step that few steps of a function are met by, and that leaves half of the digits
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 UNITS = {"tf32": 2.0**-10, "bf16": 2.0**-8}  # of the factors of products in float32, by torch's setting
@@ -12,6 +15,10 @@ RECURRENT = {"_cudnn_rnn", "mkldnn_rnn_layer"}
 FLOAT32_CONSTANTS = {"hardsigmoid", "binary_cross_entropy"}
 # These place what they read by positions that they compute in the type itself (float32 for coarser ones).
 POSITIONS = ("upsample", "_upsample", "grid_sampler")
+
+
+# On an accelerator these sum in the type itself, one element after the other.
+ATOMIC = {"index_add", "scatter_add", "index_put", "gather", "index_select", "index"}
 
 
 def unit_of(label: str, dtypes: set[torch.dtype], device: str) -> float:
@@ -25,6 +32,21 @@ def roundings_of_positions(label: str, sizes: tuple[int, ...]) -> float:
     """Of an operation that reads between the elements of a tensor of these sizes: a position is rounded relative to
     its own size, and that much a weight between neighbors is off."""
     return float(max(sizes, default=0)) if label.startswith(POSITIONS) else 0.0
+
+
+def roundings(
+    label: str, unit: float, inputs: Sequence[torch.Size], outputs: Sequence[torch.Size], of: torch.Tensor
+) -> float:
+    """How many roundings an element of the gradient of an input may be off by: those of a stable algorithm, and what
+    sums of as many terms as the shapes allow round in the type that they are kept in."""
+    shapes, numel = [*inputs, *outputs], max(of.numel(), 1)
+    if label == "convolution":  # a weight's gradient sums over all places of all examples
+        shapes.append(torch.Size((outputs[0].numel() // max(outputs[0][1], 1),)))
+    terms = max([1, *(size for shape in shapes for size in shape), *(math.prod(s) // numel for s in shapes)])
+    accumulated = min(unit, 2.0**-23) / unit
+    if label.rstrip("_") in ATOMIC and of.device.type != "cpu":
+        accumulated = 1.0
+    return 8 + terms / 4 * accumulated + roundings_of_positions(label, tuple(s for shape in inputs for s in shape[2:]))
 
 
 def unit_of_products(label: str, device: str) -> float:

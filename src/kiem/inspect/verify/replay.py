@@ -101,6 +101,7 @@ def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tu
     out = func(*args, **kwargs) if out is None else out
     outputs = tuple(out) if isinstance(out, list | tuple) else (out,)
     if wide:
+        _computes_widely(op, outputs)
         outputs = as_it_was(op, outputs, recorded)
     if op.mutates and not any(isinstance(o, torch.Tensor) for o in outputs):
         outputs = tuple(tensors[v] for v in _written(op))
@@ -108,6 +109,19 @@ def run_op(op: Op, tensors: Tensors, recorded: Tensors, wide: bool = True) -> tu
         (widen(o) if wide else o) if o.is_floating_point() or o.is_complex() else recorded.get(v, o)
         for v, o in zip(op.outputs, (o for o in outputs if isinstance(o, torch.Tensor)), strict=False)
     )
+
+
+def is_torchs(op: Op) -> bool:
+    """Whether it is one of torch's own operations, not one that somebody registered."""
+    return op.call is None or op.call[0].namespace in ("aten", "prims")
+
+
+def _computes_widely(op: Op, outputs: tuple) -> None:
+    """Of an operation that is not torch's own. Raises CannotReplay if it computes in a type that is narrower, whatever
+    it is given: there, small steps are lost."""
+    floats = [o.dtype for o in outputs if isinstance(o, torch.Tensor) and (o.is_floating_point() or o.is_complex())]
+    if not is_torchs(op) and any(dtype not in (torch.float64, torch.complex128) for dtype in floats):
+        raise CannotReplay(f"given float64 it computes in {floats[0]}".replace("torch.", ""))
 
 
 def _with_its_memory(op: Op, args: tuple, recorded: Tensors) -> tuple:
