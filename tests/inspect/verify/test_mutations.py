@@ -1,6 +1,6 @@
 """Backwards that are wrong on purpose, around every operation of PyTorch that has a derivative, on random samples of
-its op_db: each is found, or it is said that the check was too coarse to tell. The same backward unspoilt is never called
-wrong.
+its op_db: each is found, or it is said that the check was too coarse to tell. The same backward unspoilt is never
+called wrong.
 
     pytest -m slow -s tests/inspect/verify/test_mutations.py [-k "float32 and 3-of"]
     KIEM_MUTATIONS=7 pytest ...      # other samples and mutations than those of seed 0; the seed is printed"""
@@ -14,11 +14,11 @@ from collections import Counter
 
 import pytest
 import torch
+from tests.inspect.verify.test_op_db import TooLong, bounded, differentiable, operations, samples
 from torch.utils._pytree import tree_map
 
 from kiem.inspect.record.recorder import Recorder
 from kiem.inspect.verify.verifier import Verifier
-from tests.inspect.verify.test_op_db import TooLong, bounded, differentiable, operations, run, samples
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
