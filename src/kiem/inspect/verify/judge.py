@@ -29,6 +29,7 @@ NOISE = 2.0**-26  # relative; far above float64's rounding, far below where form
 COARSEST = 0.2  # relative error of a whole gradient that must show
 ROUNDINGS = 8.0  # of a stable algorithm
 OUTLIER = 64.0  # times what is usual
+SETTLED = 1e-6  # relative error of a number that is beyond doubt
 FINE = 2.0**-12  # types of a unit below need no sums over slices: no wrong factor hides in their bounds
 DOUBLE = 2.0**-46  # some roundings of float64, in which references are computed
 ROW = 262_139  # a prime: no dimension of a tensor falls in step with it
@@ -276,7 +277,7 @@ def _by_reference(result: InputVerdict, given: Evidence) -> None:
         certified = _certified(reference, direction, nearer, exact + 4 * nearer.error)
         apart = max(nearer.low - number.high, number.low - nearer.high)
         settled = certified or not apart > 4 * (number.error + nearer.error) + exact
-    if not certified and settled and not (given.independent and not mismatch.any()):
+    if not certified and settled and (not given.independent or mismatch.any() or _settled(number)):
         result.reference = ""  # the number speaks against it and decides alone
         found = _by_number(result, dataclasses.replace(given, direction=direction, number=number))
         if found is not None:
@@ -310,6 +311,11 @@ def _by_reference(result: InputVerdict, given: Evidence) -> None:
 
 def _certified(reference: Tensor, direction: Tensor, number: Derivative, slack: float) -> bool:
     return number.low - slack <= inner(reference, direction) <= number.high + slack
+
+
+def _settled(number: Derivative) -> bool:
+    """Whether a number is beyond doubt: along a straight line, or nearly, or where steps of all widths agree."""
+    return number.error + number.asymmetry <= SETTLED * abs(number.value)
 
 
 def _between(got: Tensor, sides: tuple[Tensor, Tensor], slack: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
