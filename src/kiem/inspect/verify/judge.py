@@ -13,8 +13,9 @@ a fifth the verdict is `coarse`, as nothing was found but nothing can be said.""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,15 +96,15 @@ class Random:
             flat[start : start + len(row)] = row
         return made.to(tensor.device)
 
-    def shaken(self, tensor: Tensor) -> Tensor:
+    def shaken(self, tensor: Tensor, size: float = NOISE) -> Tensor:
         """The tensor with relative noise on each element."""
         if tensor.is_complex() or tensor.device.type != "cpu":
-            return tensor * (1 + NOISE * self.like(tensor))
+            return tensor * (1 + size * self.like(tensor))
         flat = tensor.reshape(-1)
         made = torch.empty_like(flat)
         for start, row in self._rows(flat.numel()):
             part = flat[start : start + len(row)]
-            torch.mul(part, 1 + NOISE * row, out=made[start : start + len(row)])  # what is infinite stays so
+            torch.mul(part, 1 + size * row, out=made[start : start + len(row)])  # what is infinite stays so
         return made.view(tensor.shape)
 
     def _rows(self, count: int) -> Iterator[tuple[int, Tensor]]:
@@ -116,32 +117,37 @@ class Random:
 
 
 class Noise:
-    """Laid on what operations give, as their roundings would be, forward and backward."""
+    """Laid on what operations give, as their roundings would be, forward and backward. `shares`: of it that a number
+    of each data type gets, 1 if not said."""
 
-    def __init__(self, random: Random):
-        self._random = random
+    def __init__(self, random: Random, shares: Mapping[torch.dtype, float] | None = None):
+        self._random, self._shares = random, shares or {}
 
-    def __call__(self, tensor: Tensor) -> Tensor:
+    def size(self, dtype: torch.dtype) -> float:
+        """Of the noise on a number that is of this type in the program."""
+        return NOISE * self._shares.get(dtype, 1.0)
+
+    def __call__(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The tensor, changed in place: the operation that made it must see the change in what it saved, too."""
         # Of a view changed in place torch makes the node when it is asked for; register_hook alone crashes.
         if regular(tensor) and tensor.requires_grad and (tensor.grad_fn is not None or tensor.is_leaf):
-            tensor.register_hook(self._rounded)
+            tensor.register_hook(functools.partial(self._rounded, self.size(dtype)))
         if tensor.is_floating_point() or tensor.is_complex():
             held = elements(tensor.data)
-            held.copy_(self._random.shaken(held))
+            held.copy_(self._random.shaken(held, self.size(dtype)))
         return tensor
 
-    def apart(self, tensor: Tensor) -> Tensor:
+    def apart(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The tensor for one of several that read it: their gradients are rounded one by one before they are added up,
         and may cancel."""
         if not regular(tensor) or not tensor.requires_grad:
             return tensor
         alias = tensor.view_as(tensor)
-        alias.register_hook(self._rounded)
+        alias.register_hook(functools.partial(self._rounded, self.size(dtype)))
         return alias
 
-    def _rounded(self, gradient: Tensor | None) -> Tensor | None:
-        return None if gradient is None else self._random.shaken(gradient)
+    def _rounded(self, size: float, gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else self._random.shaken(gradient, size)
 
 
 @dataclass(slots=True)
