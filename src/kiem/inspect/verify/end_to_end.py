@@ -266,6 +266,7 @@ class _Whole:
                 forgive_jumps(result, evidence, functools.partial(self._near, coarsest, leaf))
             if result.nonfinite:
                 result.verdict = "nonfinite"
+                notes += self._due_instead(result, leaf, name)
             if leaf in meant and not result.nonfinite:
                 result.verdict = "hook"
                 notes.append(f"{name}: {meant[leaf]}")
@@ -280,6 +281,24 @@ class _Whole:
 
     def _uses(self, leaf: int) -> int:
         return sum(edge == ("leaf", leaf) for op in self.ops for edge in op.edges)
+
+    def _due_instead(self, result: InputVerdict, leaf: int, name: str) -> list[str]:
+        """What the derivative is where the program got NaN or infinity: that element is moved alone. Nothing is said
+        where the loss itself is not finite, or infinitely steep."""
+        if result.element is None:
+            return []
+        way = torch.zeros_like(self.leaves[leaf])
+        way[result.element] = size = usual_size(self.leaves[leaf])
+        number = self.numeric({leaf: way})
+        if not number.error <= 1e-3 * max(abs(number.value), abs(number.high - number.low), size):
+            return []
+        place = f"{name}[{', '.join(map(str, result.element))}]" if result.element else name
+        if number.kink:
+            due = f"{number.low / size:.6g} from one side and {number.high / size:.6g} from the other"
+        else:
+            result.expected = number.value / size
+            due = f"{result.expected:.6g}"
+        return [f"The gradient of {place} is {result.got}; moved by itself, the derivative is {due}."]
 
     def _moved(self, reference: Tensors, noise: Noise, times: int, slices: dict[int, Slices]) -> Tensors:
         """How far one rounding of everything moves each element, in units of it, and the sums over `slices`."""
