@@ -12,6 +12,7 @@ import torch
 from kiem.inspect import rules
 from kiem.inspect.graph.layouts import at_elements, elements, with_elements
 from kiem.inspect.graph.model import BackwardCall, Graph
+from kiem.inspect.verify.arises import where_it_arises
 from kiem.inspect.verify.directions import meant_part
 from kiem.inspect.verify.judge import (
     FINE,
@@ -94,6 +95,7 @@ def unlike_numbers(graph: Graph, leaves: Tensors) -> list[InputVerdict]:
 class _Whole:
     def __init__(self, graph, call, recorded, leaves, roots, start, opaque, wrong, at):
         self.graph, self.call, self.got, self.recorded, self.at = graph, call, leaves, recorded, at
+        self.wrong = not wrong.isdisjoint(step.op for step in call.steps)  # of the operations on the way
         # What ran under no_grad is a constant.
         ran = (
             op for op in graph.ops_between(start, call.after_op)
@@ -147,8 +149,8 @@ class _Whole:
         if noise is not None:
             sizes = {v: noise.size(self.graph.value(v).dtype) for v in given}
             given = {v: x * (1 + sizes[v] * self.random.like(x)) for v, x in given.items()}
-        tensors = self.replay.run({v: with_elements(self.recorded[v], x) for v, x in given.items()}, noise)
-        return [elements(self.replay.find(v, tensors)) for v in self.call.roots]
+        self.tensors = self.replay.run({v: with_elements(self.recorded[v], x) for v, x in given.items()}, noise)
+        return [elements(self.replay.find(v, self.tensors)) for v in self.call.roots]
 
     def _reproduces(self) -> None:
         with torch.no_grad():
@@ -273,6 +275,9 @@ class _Whole:
             elif value.hooks:
                 notes.append(f"{name}: a hook runs on its gradient ({', '.join(value.hooks)})")
             results.append(result)
+        wrong = [result for result in results if result.verdict == "wrong"]
+        if wrong and not self.wrong and (place := self._arises()):
+            notes.append(f"{wrong[0].argument}: {place}.")
         if not certified and not any(r.verdict == "wrong" for r in results):
             notes.append(
                 "End to end, the numeric derivative did not settle; elements were compared with torch in float64 only."
@@ -299,6 +304,14 @@ class _Whole:
             result.expected = number.value / size
             due = f"{result.expected:.6g}"
         return [f"The gradient of {place} is {result.got}; moved by itself, the derivative is {due}."]
+
+    def _arises(self) -> str:
+        """Between which operations the difference arises."""
+        moves = {leaf: torch.zeros_like(x).requires_grad_() for leaf, x in self.leaves.items()}
+        with torch.enable_grad():
+            pairs = [(y, c) for y, c in zip(self.value(moves), self.cotangents, strict=True) if y.requires_grad]
+            ways = [y for y, _ in pairs], [c for _, c in pairs]
+            return where_it_arises(self.graph, self.call, self.ops, self.tensors, *ways, self.unit) if pairs else ""
 
     def _moved(self, reference: Tensors, noise: Noise, times: int, slices: dict[int, Slices]) -> Tensors:
         """How far one rounding of everything moves each element, in units of it, and the sums over `slices`."""

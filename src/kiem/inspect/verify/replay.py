@@ -303,7 +303,7 @@ class Replay:
             if op.label == "detach" and self.cut and op.parent is None and op.region != "backward":
                 if op.outputs[0] not in self._frozen:
                     self._frozen[op.outputs[0]] = tensors[op.inputs[0][1]].detach().clone()
-                outputs: tuple[torch.Tensor | None, ...] = (self._frozen[op.outputs[0]],)
+                outputs: tuple[torch.Tensor | None, ...] = (self._frozen[op.outputs[0]].clone(),)
             elif op.kind == "op":
                 seen = tensors if noise is None or op.mutates else _Apart(tensors, self.graph, self._uses, noise)
                 seen = self._as_taken(op, seen) if self.cut and noise is None and not torch.is_grad_enabled() else seen

@@ -1,0 +1,70 @@
+"""Where a whole gradient goes wrong though each operation is right by itself: the recorded gradients on the way are
+held, one after the other, against those of the program run again in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from kiem.inspect.graph.model import BackwardCall, Gradient, Graph, Op, Step
+from kiem.inspect.graph.stats import gradient
+from kiem.inspect.verify.replay import Tensors
+
+ROUNDINGS = 256.0  # of a gradient on the way, relative to its norm
+
+
+def where_it_arises(
+    graph: Graph, call: BackwardCall, ops: Sequence[Op], tensors: Tensors, roots: list, cotangents: list, unit: float
+) -> str:
+    """The first gradient in backward order that differs, in words: at which operation it arrived, and from where.
+    `tensors`: what the operations gave in float64, with a graph; empty if none of the recorded ones differs."""
+    seen = list(_seen(graph, call, ops, tensors))
+    if not seen:
+        return ""
+    wanted = [tensors[value] for _, _, value in seen]
+    due = torch.autograd.grad(roots, wanted, cotangents, allow_unused=True)
+    for (step, position, value), grad in zip(seen, due, strict=True):
+        got = step.into[position]
+        if got is None:
+            continue
+        other = gradient(torch.zeros_like(tensors[value]) if grad is None else grad.detach())
+        if _differs(got, other, unit):
+            assert step.op is not None  # or it would not be among those seen
+            op = graph.op(step.op)
+            senders = list(dict.fromkeys(_senders(graph, call, step, position)))
+            sent = f", sent by {' and '.join(senders[:3])}" if senders else ""
+            return (
+                f"the first gradient that differs is the one of the result of {op.label} at {op.source}{sent}: what "
+                "changed it (a hook, .data, .detach(), a change in place) is between these lines"
+            )
+    return ""
+
+
+def _seen(graph: Graph, call: BackwardCall, ops: Sequence[Op], tensors: Tensors) -> Iterator[tuple[Step, int, int]]:
+    """Steps at which a gradient arrived, the position, and the value whose gradient it is: of memory that nothing
+    writes to later."""
+    there = {op.index for op in ops}
+    written = {graph.value(v).storage for op in ops for v in op.mutates}
+    for step in call.steps:
+        for value in graph.op(step.op).outputs if step.op in there and step.op is not None else ():
+            known = graph.value(value)
+            position = known.output_nr or 0
+            tensor = tensors.get(value)
+            if tensor is None or not tensor.requires_grad or known.storage in written or position >= len(step.into):
+                continue
+            yield step, position, value
+
+
+def _differs(got: Gradient, due: Gradient, unit: float) -> bool:
+    if got.sketch.shape != due.sketch.shape or got.stats.nonfinite or due.stats.nonfinite:
+        return False
+    off = float((got.sketch - due.sketch).abs().max()) if got.sketch.numel() else 0.0
+    return off > ROUNDINGS * unit * max(got.stats.norm, due.stats.norm)
+
+
+def _senders(graph: Graph, call: BackwardCall, step: Step, position: int) -> Iterator[str]:
+    for other in call.steps:
+        if (step.key[0], position) in other.edges and other.op is not None:
+            op = graph.op(other.op)
+            yield f"{op.label} at {op.source}"
