@@ -3,32 +3,33 @@ held, one after the other, against those of the program run again in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
-from kiem.inspect.graph.model import BackwardCall, Gradient, Graph, Op, Step
+from kiem.inspect.graph.model import BackwardCall, Gradient, Graph, Step
 from kiem.inspect.graph.stats import gradient
-from kiem.inspect.verify.replay import Tensors
+from kiem.inspect.verify.replay import CannotReplay, Replay, Tensors
 
 ROUNDINGS = 256.0  # of a gradient on the way, relative to its norm
 
 
 def where_it_arises(
-    graph: Graph, call: BackwardCall, ops: Sequence[Op], tensors: Tensors, roots: list, cotangents: list, unit: float
+    replay: Replay, call: BackwardCall, tensors: Tensors, roots: list, cotangents: list, unit: float
 ) -> str:
-    """The first gradient in backward order that differs, in words: at which operation it arrived, and from where.
-    `tensors`: what the operations gave in float64, with a graph; empty if none of the recorded ones differs."""
-    seen = list(_seen(graph, call, ops, tensors))
+    """The first gradient in backward order that differs, in words: at which operation it arrived, and from where; empty
+    if none of the recorded ones does. `tensors`: what the replay gave, with a graph."""
+    graph = replay.graph
+    seen = list(_seen(replay, call, tensors))
     if not seen:
         return ""
-    wanted = [tensors[value] for _, _, value in seen]
-    due = torch.autograd.grad(roots, wanted, cotangents, allow_unused=True)
-    for (step, position, value), grad in zip(seen, due, strict=True):
+    due = torch.autograd.grad(roots, [tensor for _, _, tensor in seen], cotangents, allow_unused=True)
+    for (step, position, tensor), grad in zip(seen, due, strict=True):
         got = step.into[position]
         if got is None:
             continue
-        other = gradient(torch.zeros_like(tensors[value]) if grad is None else grad.detach())
+        other = gradient(torch.zeros_like(tensor) if grad is None else grad.detach())
         if _differs(got, other, unit):
             assert step.op is not None  # or it would not be among those seen
             op = graph.op(step.op)
@@ -41,19 +42,21 @@ def where_it_arises(
     return ""
 
 
-def _seen(graph: Graph, call: BackwardCall, ops: Sequence[Op], tensors: Tensors) -> Iterator[tuple[Step, int, int]]:
-    """Steps at which a gradient arrived, the position, and the value whose gradient it is: of memory that nothing
-    writes to later."""
-    there = {op.index for op in ops}
-    written = {graph.value(v).storage for op in ops for v in op.mutates}
+def _seen(replay: Replay, call: BackwardCall, tensors: Tensors) -> Iterator[tuple[Step, int, torch.Tensor]]:
+    """Steps at which a gradient arrived, the position, and what it is the gradient of, in float64: of memory that
+    nothing writes to later."""
+    graph, there = replay.graph, {op.index for op in replay.ops}
+    written = {graph.value(v).storage for op in replay.ops for v in op.mutates}
     for step in call.steps:
         for value in graph.op(step.op).outputs if step.op in there and step.op is not None else ():
             known = graph.value(value)
             position = known.output_nr or 0
-            tensor = tensors.get(value)
-            if tensor is None or not tensor.requires_grad or known.storage in written or position >= len(step.into):
+            if known.storage in written or position >= len(step.into):
                 continue
-            yield step, position, value
+            with contextlib.suppress(CannotReplay):
+                tensor = replay.find(value, tensors)
+                if tensor.requires_grad:
+                    yield step, position, tensor
 
 
 def _differs(got: Gradient, due: Gradient, unit: float) -> bool:

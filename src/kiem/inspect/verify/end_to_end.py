@@ -311,7 +311,7 @@ class _Whole:
         with torch.enable_grad():
             pairs = [(y, c) for y, c in zip(self.value(moves), self.cotangents, strict=True) if y.requires_grad]
             ways = [y for y, _ in pairs], [c for _, c in pairs]
-            return where_it_arises(self.graph, self.call, self.ops, self.tensors, *ways, self.unit) if pairs else ""
+            return where_it_arises(self.replay, self.call, self.tensors, *ways, self.unit) if pairs else ""
 
     def _moved(self, reference: Tensors, noise: Noise, times: int, slices: dict[int, Slices]) -> Tensors:
         """How far one rounding of everything moves each element, in units of it, and the sums over `slices`."""
