@@ -166,3 +166,12 @@ def test_no_dangerous_call():
                     f"{path}: {name}"
                 )
                 assert not any(k.arg == "shell" for k in node.keywords), path
+
+
+def test_there_is_one_atomic_write():
+    """files.publish: to the disk, then renamed. What else renames moves whole folders."""
+    replacing = [str(p.relative_to(SRC)) for p in FILES if "os.replace(" in p.read_text()]
+    renaming = [str(p.relative_to(SRC)) for p in FILES if "os.rename(" in p.read_text()]
+    assert replacing == ["files.py"]
+    assert renaming == ["runs/checkpoint.py", "runs/resume.py"]
+    assert not [p for p in FILES if "NamedTemporaryFile" in p.read_text() or "mkstemp" in p.read_text()]

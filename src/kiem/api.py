@@ -100,22 +100,25 @@ def train(
     budget = None if minutes is None else Budget(minutes)
     wanted = folders.with_whole_paths(read_config(config, overrides, options))
     run = Run(out if out is not None else folders.default(config, wanted))
+    ends = None if budget is None else budget.ends
     if folders.holds(run, wanted, any_length=budget is not None):
-        return _resume(run, {}, (), quiet, show)
+        return _resume(run, {}, (), quiet, show, ends)
     if budget is not None:
         wanted = budget.with_depth(wanted)
     dataset = _prepare(wanted, quiet)
     if budget is not None:
         wanted = budget.with_length(wanted, dataset.tokenizer.vocab_size)
-    deadline = None if budget is None else budget.ends
-    return _train(wanted, run, dataset, quiet, show, ends=deadline)
+    return _train(wanted, run, dataset, quiet, show, ends=ends)
 
 
 def load(run: str | Path | runs.Run, device: str = "auto") -> "LanguageModel":
     """The model of a run's newest whole checkpoint, or of the checkpoint folder named."""
     from kiem.generation import engine
+    from kiem.planning.budget import require_room
 
-    return engine.load(run if isinstance(run, runs.Run) else runs.Run.at(run), device)
+    found = run if isinstance(run, runs.Run) else runs.Run.at(run)
+    require_room(found.config.model, device, found.folder)
+    return engine.load(found, device)
 
 
 def prepare(
@@ -245,16 +248,21 @@ def _train(
 
 
 def _resume(
-    run: Run, options: dict[str, Any], overrides: Sequence[str], quiet: bool, show: Callable[[Any], None] | None
+    run: Run,
+    options: dict[str, Any],
+    overrides: Sequence[str],
+    quiet: bool,
+    show: Callable[[Any], None] | None,
+    ends: float | None = None,
 ) -> Run:
-    """Train a run to its end; what is given may change how, not what is learned."""
+    """Train a run to its end; what is given may change how, not what is learned. ends: as in `_train`."""
     wanted = folders.with_whole_paths(read_config(run.written_config(), overrides, options))
     resume.check_length(run.config, wanted.train.tokens, run.folder)
-    wanted = resolve(wanted, wanted.model.vocab_size if wanted.model else 1)
+    wanted = resolve(wanted, run.vocab_size)
     resume.changes(run.config, wanted, run.folder)
     with _counting(quiet) as progress:
         dataset = run.dataset(progress)
-    return _train(wanted, run, dataset, quiet, show)
+    return _train(wanted, run, dataset, quiet, show, ends=ends)
 
 
 def _fork(

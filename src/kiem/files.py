@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kiem.errors import BusyError, StorageError
 from kiem.format import bytes_text
@@ -40,15 +40,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     try:
         with open(temporary, "xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            publish(file, path)
         sync_folder(path.parent)
     except OSError as problem:
         raise storage_error(problem, str(path), path.parent, len(data)) from problem
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def publish(file: IO[bytes], path: Path) -> None:
+    """Close a file that was written under a temporary name and give it its own, once it is on the disk.
+
+    Raises OSError. The name survives a power cut after `sync_folder`.
+    """
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()  # Windows renames no open file
+    os.replace(file.name, path)
 
 
 def sync_folder(folder: Path) -> None:
@@ -109,22 +118,42 @@ def lock(folder: Path, what: str) -> Iterator[None]:
             held.release()
 
 
-def _acquire(folder: Path, what: str) -> Any:
+@contextlib.contextmanager
+def exclusive(file: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock file, waiting for another holder up to `timeout` seconds; below 0 as long as it takes.
+
+    Raises TimeoutError, and OSError as the system gives it. On a file system that cannot lock files as `lock` says.
+    """
+    held = _held(file, timeout)
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _held(file: Path, timeout: float) -> Any:
     import warnings
 
     from filelock import FileLock, SoftFileLock, Timeout
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # filelock falls back by itself on some systems, and warns
+        try:
+            held = FileLock(file, timeout=timeout)
+            held.acquire()
+        except OSError as problem:
+            if isinstance(problem, Timeout) or problem.errno not in _NO_FLOCK:
+                raise
+            held = SoftFileLock(f"{file}.marker", timeout=timeout)
+            held.acquire()
+    return held
+
+
+def _acquire(folder: Path, what: str) -> Any:
+    from filelock import Timeout
+
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # filelock falls back by itself on some systems, and warns
-            try:
-                held = FileLock(folder / LOCK, timeout=0)
-                held.acquire()
-            except OSError as problem:
-                if isinstance(problem, Timeout) or problem.errno not in _NO_FLOCK:
-                    raise
-                held = SoftFileLock(f"{folder / LOCK}.marker", timeout=0)
-                held.acquire()
+        held = _held(folder / LOCK, 0)
     except Timeout as problem:
         raise BusyError(
             f"{what} is being written by {_holder(folder)}. "

@@ -1,7 +1,9 @@
 """How numbers and foreign text are written for people: one definition of each, in ASCII, without torch."""
 
 import math
+import os
 import re
+import shlex
 import unicodedata
 from typing import TypeGuard
 
@@ -112,6 +114,15 @@ def printable(text: str) -> str:
 def shortened(text: str) -> str:
     """Text with words of more than 1,000 characters cut: a message quotes what was given, and stays readable."""
     return re.sub(r"\S{1001,}", lambda word: f"{word[0][:400]}... ({len(word[0])} characters)", text)
+
+
+def shell_word(text: object) -> str:
+    r"""A word of a command that a user can type; bytes of a file's name that are not UTF-8 as bash's $'\xe9'."""
+    word = str(text)
+    if word.isascii() or not any("\udc80" <= c <= "\udcff" for c in word):
+        return shlex.quote(word)
+    parts = (chr(b) if 0x20 <= b < 0x7F and chr(b) not in "'\\" else f"\\x{b:02x}" for b in os.fsencode(word))
+    return f"$'{''.join(parts)}'"
 
 
 def _escape(c: str) -> str:

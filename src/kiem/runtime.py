@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,6 +179,18 @@ def machine_memory() -> int:
     except (OSError, ValueError):
         return total
     return min(total, limit)
+
+
+def available_memory(device: "torch.device | None" = None) -> int:
+    """Memory in bytes that this process can still get: of a CUDA device, else of the machine, swap included."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a container without /proc/vmstat: how much was swapped is not asked
+        left = psutil.virtual_memory().available + psutil.swap_memory().free
+    return min(left, max(0, machine_memory() - memory_now()))
 
 
 def matmul_rate(device: "torch.device", dtype: "torch.dtype", seconds: float = 0.3) -> float:

@@ -87,15 +87,6 @@ def test_json_of_any_text_and_number(capsys):
     }
 
 
-def test_a_path_that_is_not_utf8(kiem, place):
-    name = os.fsencode(str(place)) + b"/caf\xe9.txt"
-    with open(name, "w") as file:
-        file.write("some text, line by line\n" * 50)
-    result = kiem("prepare", os.fsdecode(name), "--tokenizer", "bytes", "--json")
-    assert result.code in (0, 2, 3)
-    json.loads(result.out.encode("utf-8"))
-
-
 def test_a_run_in_a_notebook(place, monkeypatch):
     import kiem as package
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from corpora import config, contents, folder_of, texts
 
-from kiem.config.run import Source
+from kiem.config.run import DataConfig, Source
 from kiem.data import prepare as module
 from kiem.data.prepare import prepare
 from kiem.data.shards import open_dataset
@@ -385,3 +385,19 @@ def test_memory_does_not_grow_with_the_text(tmp_path, kind):
         assert code == 0
         peaks.append(result["peak"])
     assert peaks[1] < 1.2 * peaks[0], peaks
+
+
+def test_on_a_file_system_that_cannot_lock(tmp_path, monkeypatch):
+    """One prepares at a time there too, by a marker file, and sweeps what a killed one has left."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def missing(*_):
+        raise OSError(errno.ENOTSUP, "none here")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    (tmp_path / "a.txt").write_text("some text, line by line\n" * 100)
+    (tmp_path / "cache" / "data" / "killed").mkdir(parents=True)
+    (tmp_path / "cache" / "data" / "killed" / "x.bin.tmp").write_text("half")
+    data = DataConfig(sources=[Source(path=str(tmp_path / "a.txt"))], tokenizer="bytes")
+    assert prepare(data, 257, tmp_path / "cache").report["tokens"] > 0
+    assert not list((tmp_path / "cache").rglob("*.marker")) and not list((tmp_path / "cache").rglob("*.tmp"))

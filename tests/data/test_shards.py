@@ -35,7 +35,18 @@ def write_dataset(folder):
         write_shard(folder, "train-1", [("c", b"three")], b"more", end=True),
     ]
     validation = [write_shard(folder, "validation-0", [("v", b"xyz")], end=True)]
-    report = {"sources": [{"path": "here", "held_out": "1 of 4"}], "validation": {}, "problems": []}
+    total = {"documents": 4, "bytes": 18, "tokens": 24}
+    report = {
+        **total,
+        "sources": [{"path": "here", "files": 1, "documents": 4, "bytes": 18, "held_out": "1 of 4"}],
+        "training": total,
+        "validation": total,
+        "tokenizer": {"lossless": True, "unknown_share": 0.0},
+        "notes": [],
+        "problems": [],
+        "n_problems": 0,
+        "problem_counts": {},
+    }
     write_manifest(folder, [train], validation, BYTES, {}, report)
     return folder
 
@@ -161,7 +172,7 @@ def test_weights(tmp_path):
     folder = write_dataset(tmp_path)
     body = json.loads((folder / MANIFEST).read_text())
     body.pop("checksum")
-    sources = [{"path": name, "held_out": "none of it"} for name in "ab"]
+    sources = [body["report"]["sources"][0] | {"path": name, "held_out": "none of it"} for name in "ab"]
     write_manifest(
         folder,
         [body["train"][0][:1], body["train"][0][1:]],

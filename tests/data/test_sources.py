@@ -277,10 +277,9 @@ def test_a_name_that_is_not_utf8_is_read(tmp_path):
     name = os.fsdecode(b"caf\xe9.txt")
     write(tmp_path / name, "text")
     assert list(read(tmp_path)[0].values()) == ["text"]
-    with pytest.raises(
-        ValueError, match=r"caf.*udce9\.txt': its name is not valid UTF-8: rename it, or give its folder"
-    ):
-        Source(path=str(tmp_path / name))
+    assert list(read(tmp_path / name)[0].values()) == ["text"]
+    with pytest.raises(ValueError, match="no file can have this name"):
+        Source(path="caf\ud800")
 
 
 def test_standard_input_that_cannot_be_read_or_was_interrupted(tmp_path, monkeypatch):

@@ -4,12 +4,14 @@ way."""
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 import yaml
 
 from kiem.config.keys import execution_keys, identity_keys, kind
 from kiem.runs import checkpoint
+from kiem.runs.resume import flat
 
 # Another valid value of each key, and of those that must change with it.
 ROPE = {"model.position": "rope", "model.rope_base": 5000.0}
@@ -128,3 +130,42 @@ def test_an_edit_is_recorded_or_refused_with_a_way(kiem, run, place, key):
     assert fork or any(way in err for way in ("start a new run", "longer, not shorter", "keep one", "remove it"))
     if fork and not key.startswith("data."):
         assert kiem(*shlex.split(fork[1]), "-q")[0] == 0
+
+
+def test_every_line_of_a_configuration_can_be_lost(kiem, run, place):
+    """Each key that config.yaml has is removed, then null: what follows is the same run, or a refusal with a way."""
+    text, newest = (run / "config.yaml").read_text(), checkpoint.newest_first(run)[0]
+    found = flat(yaml.safe_load(text))
+    assert len(found) > 40
+    for path in found:
+        for gone in (True, False):
+            config = yaml.safe_load(text)
+            *sections, name = path.split(".")
+            group = config
+            for section in sections:
+                group = group[section]
+            if gone:
+                del group[name]
+            else:
+                group[name] = None
+            (run / "config.yaml").write_text(yaml.safe_dump(config))
+            code, _, err = kiem("train", "run")
+            assert code in (0, 2), (path, err)
+            if code == 0:
+                assert "changed:" in err or yaml.safe_load((run / "config.yaml").read_text()) == yaml.safe_load(text), (
+                    path
+                )
+            else:
+                assert path.rpartition(".")[2] in err or "incomplete" in err, (path, err)
+            assert checkpoint.newest_first(run)[0] == newest
+            (run / "config.yaml").write_text(text)
+
+
+def test_a_run_without_a_checkpoint_and_without_its_vocabulary(kiem, run):
+    shutil.rmtree(run / "checkpoints")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["model"]["vocab_size"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for command in ("train", "eval", "generate", "plan"):
+        code, _, err = kiem(command, "run")
+        assert code == 4 and "has no model.vocab_size" in err, (command, err)

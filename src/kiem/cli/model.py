@@ -1,5 +1,6 @@
 """The subcommands that use a trained model: eval, generate."""
 
+import errno
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import click
 
 from kiem.cli.arguments import output_options, parse_sources
 from kiem.cli.console import print_json
+from kiem.errors import ConfigError
 
 
 @click.command("eval")
@@ -70,7 +72,7 @@ def generate(
     """
     from kiem import api
 
-    prompt = sys.stdin.read() if prompt == "-" else prompt or ""
+    prompt = _standard_input() if prompt == "-" else prompt or ""
     model = api.load(run, device)
     request = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
                "repetition_penalty": repetition_penalty, "stop": list(stop), "seed": seed}  # fmt: skip
@@ -87,6 +89,19 @@ def generate(
         click.echo(_shown(piece), nl=False)
         sys.stdout.flush()
     click.echo()
+
+
+def _standard_input() -> str:
+    """The prompt that is piped in. Raises ConfigError where there is none, or it is not text."""
+    try:
+        if sys.stdin is None:
+            raise OSError(errno.EBADF, "it is closed")
+        return sys.stdin.read()
+    except UnicodeDecodeError as problem:
+        reason = f"it is not {problem.encoding.upper()} text (byte 0x{problem.object[problem.start]:02x})"
+    except (OSError, ValueError) as problem:  # a folder, a closed stream
+        reason = getattr(problem, "strerror", None) or str(problem)
+    raise ConfigError(f"--prompt -: standard input cannot be read: {reason}: pipe a text into the command")
 
 
 def _shown(text: str) -> str:

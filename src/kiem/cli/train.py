@@ -1,6 +1,5 @@
 """The subcommands on the way to a model: plan, prepare, train."""
 
-import shlex
 from pathlib import Path
 
 import click
@@ -54,10 +53,11 @@ def train(target, overrides, quiet, as_json, **options) -> None:
     if as_json:
         print_json({"run": str(run.folder), "report": run.report})
         return
+    from kiem.format import shell_word
     from kiem.report.facts import overfitting
     from kiem.report.summary import render_terminal
 
-    report, folder = run.report, shlex.quote(str(run.folder))
+    report, folder = run.report, shell_word(run.folder)
     print_rich(render_terminal(report))
     click.echo(f"report: {run.folder / 'report.html'}\nsample: kiem generate {folder}")
     if report.get("tokens") and not overfitting(report):

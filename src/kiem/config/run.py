@@ -8,9 +8,11 @@ learned, so that changing it makes another run; *execution* decides how, where a
 learned, and may change whenever a run is resumed. A section's mark holds for all of its fields.
 """
 
-from typing import Any, Literal
+import os
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
 
 from kiem.config.model import DERIVED, Config, ModelConfig
 
@@ -19,11 +21,25 @@ EXECUTION: dict[str, JsonValue] = {"kind": "execution"}
 MOST_TOKENS = 10**15
 
 
+def _file_name(name: Any) -> str:
+    """Text that may name a file. Bytes of a name that are not UTF-8 are in it as os.fsdecode writes them, which
+    pydantic's own text does not take."""
+    if not isinstance(name, str) or not name:
+        raise PydanticCustomError("string_type", "text is expected")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name!a}: no file can have this name") from None
+    return name
+
+
+FileName = Annotated[str, PlainValidator(_file_name)]
+
+
 class Source(Config):
     """Where text comes from, and how much of it."""
 
-    path: str = Field(
-        min_length=1,
+    path: FileName = Field(
         description="file, folder, glob, '-' (standard input), 'python' (the Python standard "
         "library of this machine), or 'hf:NAME' (Hugging Face datasets, needs kiem[hub])",
     )
@@ -35,15 +51,6 @@ class Source(Config):
     )
     text_key: str | None = Field(None, min_length=1, description="as data.text_key, for this source")
 
-    @field_validator("path", mode="before")
-    @classmethod
-    def _utf8(cls, path: Any) -> Any:
-        if isinstance(path, str) and any("\ud800" <= c <= "\udfff" for c in path):
-            raise ValueError(
-                f"path {path!a}: its name is not valid UTF-8: rename it, or give its folder, where it is read"
-            )
-        return path
-
 
 class DataConfig(Config):
     """Text and how it becomes tokens."""
@@ -51,9 +58,8 @@ class DataConfig(Config):
     sources: list[Source] = Field(default_factory=lambda: [Source(path="python")], min_length=1, max_length=1000)
     validation: list[Source] | None = Field(None, description="text for evaluation; default: held out from the sources")
     validation_fraction: float = Field(0.01, gt=0.0, lt=1.0, description="share of the documents held out, by content")
-    tokenizer: str = Field(
+    tokenizer: FileName = Field(
         "bpe",
-        min_length=1,
         description="bpe (trained on the text), bytes, chars, a tokenizer.json, "
         "or a folder with vocab.json and merges.txt",
     )

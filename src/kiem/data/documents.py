@@ -5,7 +5,6 @@ Notebooks need no library; pages (selectolax), PDF (pypdf) and Word files (pytho
 """
 
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
+
+from kiem.files import write_atomically
 
 # The library that a kind of file needs, by its suffix.
 LIBRARIES = {"html": "selectolax", "htm": "selectolax", "ipynb": None, "pdf": "pypdf", "docx": "docx"}
@@ -46,12 +47,7 @@ def convert(files: list[tuple[Path, str]], folder: Path) -> Iterator[Path | str]
             if text is None:
                 yield str(answer["error"])
                 continue
-            temporary = folder / f"{digest[:32]}.{os.getpid()}"
-            try:
-                temporary.write_text(text, encoding="utf-8", errors="replace")
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_atomically(target, text.encode("utf-8", "replace"))
             yield target
     finally:
         if reader:

@@ -24,12 +24,12 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from kiem.config.run import DataConfig, Source
 from kiem.data.foreign import Loss, bytes_of_tokens, measure
 from kiem.data.formats import ChangedError, Item, Problem, Problems, Rule
 from kiem.data.holdout import TRAIN, VALIDATION, Piece, Sample, Scan, scan_sources, split_item
+from kiem.data.notes import is_note
 from kiem.data.read import read_item
 from kiem.data.shards import (
     FORMAT,
@@ -45,6 +45,7 @@ from kiem.data.shards import (
 from kiem.data.sources import list_items
 from kiem.data.tokenizer import Tokenizer, bytes_tokenizer, chars_tokenizer, train_bpe
 from kiem.errors import DataError, StorageError
+from kiem.files import TEMPORARY, exclusive, read_json
 
 VERSION = 2  # raise it when the same text and options give other tokens: it is part of the cache's key
 SHARD_BYTES = 64 * 1024 * 1024
@@ -130,7 +131,7 @@ def prepare(
             return _noted(open_dataset(folder, weights, names), passed_over)
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder.parent)
-        with FileLock(folder.with_suffix(".lock")):
+        with exclusive(folder.with_suffix(".lock")):
             if (folder / MANIFEST).exists():
                 with suppress(DataError):  # another process has made it while this one waited
                     return _noted(open_dataset(folder, weights, names), passed_over)
@@ -150,9 +151,10 @@ def prepare(
 
 def _sweep(data: Path) -> None:
     """Remove half-written files of processes that are no more: on a full disk they would keep it full."""
-    for folder in {path.parent for path in data.glob("*/*.tmp")}:
-        with suppress(Timeout, OSError), FileLock(folder.with_suffix(".lock"), timeout=0):
-            for path in folder.glob("*.tmp"):
+    waste = ("*.tmp", f"{TEMPORARY}*")
+    for folder in {path.parent for kind in waste for path in data.glob(f"*/{kind}")}:
+        with suppress(OSError), exclusive(folder.with_suffix(".lock"), timeout=0):
+            for path in (path for kind in waste for path in folder.glob(kind)):
                 path.unlink(missing_ok=True)
 
 
@@ -176,11 +178,11 @@ def _scan(job: _Job, folder: Path) -> tuple[list[Scan], Problems, Tokenizer, Los
     """The scan of each source, the tokenizer and what it loses; all kept in the folder."""
     note = folder / SCAN
     try:
-        known = json.loads(note.read_text(encoding="utf-8"))
+        known = read_json(note)
         problems = Problems(**known["problems"])
         scans = [Scan(**scan | {"held": [tuple(place) for place in scan["held"]]}) for scan in known["scans"]]
         return scans, problems, Tokenizer.load(folder / "tokenizer", trusted=True), Loss(**known["loss"])
-    except (OSError, ValueError, KeyError, TypeError, DataError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
         problems = Problems()
     own = job.tokenizer is None or job.tokenizer.exact
     sample = Sample() if own else Sample(TRIED)
@@ -339,10 +341,10 @@ def _note_name(source: int, shard: int) -> str:
 
 def _read_note(folder: Path, source: int, shard: int) -> dict | None:
     try:
-        note = json.loads((folder / _note_name(source, shard)).read_text(encoding="utf-8"))
+        note = read_json(folder / _note_name(source, shard))
     except (OSError, ValueError):
         return None
-    return note if all(check_shard(folder, part) for part in note["shards"]) else None
+    return note if is_note(note) and all(check_shard(folder, part) for part in note["shards"]) else None
 
 
 def _places(job: _Job, number: int, scan: Scan, start: tuple[int, int]) -> Iterator[tuple[tuple[int, int], Piece]]:

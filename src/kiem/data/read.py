@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from kiem.data.formats import ChangedError, Document, Item, Rule
-from kiem.data.records import read_json, read_jsonl, read_parquet, read_rows
+from kiem.data.records import read_json, read_jsonl
+from kiem.data.tables import read_parquet, read_rows
 from kiem.data.textfiles import read_text
 
 

@@ -1,4 +1,4 @@
-"""Records become documents: lines of JSONL, JSON files that hold records, rows of Parquet and of data sets."""
+"""Records become documents: lines of JSONL, JSON files that hold records; and what a field of a record may be."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -7,15 +7,10 @@ from typing import Any
 from kiem.data import formats
 from kiem.data.formats import Damaged, Document, Item, Rule, blocks_of, pieces
 from kiem.data.textfiles import read_text, utf8_blocks
-from kiem.errors import DataError
 
-ROWS = 256  # rows of Parquet and data sets read at once
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 _MISSING = object()
-_CHAT = "a list of chat messages, which is data for fine-tuning: pretraining needs plain text"
-
-
-# -- JSON --------------------------------------------------------------------------------------------------------------
+CHAT = "a list of chat messages, which is data for fine-tuning: pretraining needs plain text"
 
 
 def read_jsonl(item: Item, text_key: str, rule: Rule) -> Iterator[Document]:
@@ -146,13 +141,13 @@ def _fields(record: Any, text_key: str, name: str, number: int, rule: Rule) -> I
         return
     value = _lookup(record, text_key)
     if value is not _MISSING:
-        yield from _value(value, text_key, name, number, rule)
+        yield from field_document(value, text_key, name, number, rule)
     elif chat := next((key for key in CHATS if isinstance(record.get(key), list)), None):
-        rule.bad("chat", name, number, f"no field {text_key!r}; field {chat!r} is {_CHAT}")
+        rule.bad("chat", name, number, f"no field {text_key!r}; field {chat!r} is {CHAT}")
     else:
         groups = [key for key, value in record.items() if isinstance(value, dict) and text_key in value]
         advice = f"data.text_key={groups[0]}.{text_key}" if groups else "data.text_key=FIELD"
-        rule.bad("no text", name, number, f"no field {text_key!r}, it has {_some(record)}: set {advice}")
+        rule.bad("no text", name, number, f"no field {text_key!r}, it has {some_of(record)}: set {advice}")
 
 
 def _lookup(record: dict[str, Any], key: str) -> Any:
@@ -177,12 +172,12 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _some(names: Iterable[str]) -> str:
+def some_of(names: Iterable[str]) -> str:
     names = [repr(str(n)) for n in names]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "no fields"
 
 
-def _value(value: Any, text_key: str, name: str, number: int, rule: Rule) -> Iterator[Document]:
+def field_document(value: Any, text_key: str, name: str, number: int, rule: Rule) -> Iterator[Document]:
     """The document of one field: str, or bytes in UTF-8. An empty text is no document."""
     if isinstance(value, bytes):
         try:
@@ -209,72 +204,9 @@ def _no_text(value: Any, text_key: str, name: str, number: int, rule: Rule) -> N
     """Say what a field holds that is not text, and how to reach the text in it."""
     if isinstance(value, dict):
         inner = next((key for key in value if isinstance(value[key], str)), next(iter(value), "FIELD"))
-        what = f"field {text_key!r} is a group with {_some(value)}: set data.text_key={text_key}.{inner}"
+        what = f"field {text_key!r} is a group with {some_of(value)}: set data.text_key={text_key}.{inner}"
         rule.bad("no text", name, number, what)
     elif isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-        rule.bad("chat", name, number, f"field {text_key!r} is {_CHAT}")
+        rule.bad("chat", name, number, f"field {text_key!r} is {CHAT}")
     else:
         rule.bad("no text", name, number, f"field {text_key!r} is {_json_type(value)}, not text")
-
-
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-
-def read_parquet(item: Item, text_key: str, rule: Rule) -> Iterator[Document]:
-    """The rows of a Parquet file."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"{item.name}: reading Parquet needs pyarrow: pip install 'kiem[parquet]'") from None
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(item.path) as table:
-            columns = table.schema_arrow.names
-            column, path = (text_key, []) if text_key in columns else _column(text_key)
-            if column not in columns:
-                _no_column(item.name, text_key, columns, rule)
-                return
-            for batch in table.iter_batches(batch_size=ROWS, columns=[column]):
-                for cell in batch.column(0):
-                    number += 1
-                    try:
-                        value = cell.as_py()
-                    except UnicodeDecodeError:  # a string column whose bytes nobody checked
-                        value = cell.as_buffer().to_pybytes()
-                    yield from _value(_inside(value, path), text_key, item.name, number, rule)
-    except pyarrow.ArrowException as error:
-        kept = "the rows before it are kept" if number else "left out"
-        rule.bad("damaged", item.name, number + 1 if number else None, f"damaged Parquet file ({error})", kept)
-
-
-def read_rows(item: Item, text_key: str, rule: Rule) -> Iterator[Document]:
-    """The rows of a data set."""
-    columns = item.rows.column_names
-    name, path = (text_key, []) if text_key in columns else _column(text_key)
-    if name not in columns:
-        _no_column(item.name, text_key, columns, rule)
-        return
-    column = item.rows.select_columns([name])
-    for start in range(0, len(column), ROWS):
-        for number, value in enumerate(column[start : start + ROWS][name], start=start + 1):
-            yield from _value(_inside(value, path), text_key, item.name, number, rule)
-
-
-def _column(text_key: str) -> tuple[str, list[str]]:
-    """The column and the fields in it of a path a.b."""
-    column, *path = text_key.split(".")
-    return column, path
-
-
-def _inside(value: Any, path: list[str]) -> Any:
-    for part in path:
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def _no_column(name: str, text_key: str, columns: list[str], rule: Rule) -> None:
-    if chat := next((column for column in CHATS if column in columns), None):
-        rule.bad("chat", name, None, f"no column {text_key!r}; column {chat!r} is {_CHAT}")
-    else:
-        rule.bad("no text", name, None, f"no column {text_key!r}, it has {_some(columns)}: set data.text_key=COLUMN")

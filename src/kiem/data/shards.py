@@ -10,10 +10,8 @@ NAME.names.zst      one line for each document: where its text came from
 """
 
 import array
-import glob
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,8 +25,10 @@ import numpy as np
 import zstandard
 
 from kiem.data.holdout import NOT_HELD_OUT
+from kiem.data.notes import is_manifest
 from kiem.data.tokenizer import Tokenizer
 from kiem.errors import DataError
+from kiem.files import publish, read_json, sync_folder, write_atomically
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -87,10 +87,11 @@ class ShardWriter:
         """Make the files durable under their names; what the manifest says of this shard. No tokens: no files."""
         if not self.n_tokens:
             self._file.close()
-            os.unlink(self._file.name)
+            Path(self._file.name).unlink()
             return {"name": self.name, "tokens": 0, "documents": 0, "begun": 0, "bytes": 0, "files": {}}
-        _close_durably(self._file)
-        temporary = {"bin": Path(self._file.name)}
+        self._file.flush()
+        written = Path(self._file.name)
+        files = {f"{self.name}.bin": {"bytes": written.stat().st_size, "sha256": _sha256(written)}}
         names = "".join(f"{name}\n" for name in self._names).encode("utf-8", "surrogateescape")
         others = {
             "docs": np.array(self._starts, "<u4").tobytes(),
@@ -99,15 +100,10 @@ class ShardWriter:
         if self._sizes is not None:
             others["sizes"] = np.concatenate(self._sizes).tobytes()
         for suffix, data in others.items():
-            temporary[suffix] = self.folder / f"{self.name}.{suffix}.tmp"
-            with open(temporary[suffix], "wb") as file:
-                file.write(data)
-                _close_durably(file)
-        files = {}
-        for suffix, path in temporary.items():
-            target = self.folder / f"{self.name}.{suffix}"
-            files[target.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            os.replace(path, target)
+            write_atomically(self.folder / f"{self.name}.{suffix}", data)
+            files[f"{self.name}.{suffix}"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        publish(self._file, self.folder / f"{self.name}.bin")
+        sync_folder(self.folder)
         return {
             "name": self.name,
             "tokens": self.n_tokens,
@@ -121,32 +117,12 @@ class ShardWriter:
         """Stop without a shard, and leave nothing."""
         with suppress(OSError):  # a full disk: what is buffered cannot be written
             self._file.close()
-        for path in self.folder.glob(f"{glob.escape(self.name)}.*.tmp"):
-            path.unlink(missing_ok=True)
-
-
-def _close_durably(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+        Path(self._file.name).unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write through a temporary file, so that there is the whole of it or nothing."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=True)
-            _close_durably(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself is durable once the folder is
-        descriptor = os.open(path.parent, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Write a note of what is done; the whole of it or nothing."""
+    write_atomically(path, json.dumps(value, indent=1))
 
 
 def write_manifest(
@@ -338,6 +314,8 @@ def open_dataset(
     if tokenizer.digest != body["tokenizer"]:
         raise DataError(f"{path / 'tokenizer'}: not the tokenizer of this data. Delete {path} and prepare again.")
     dtype = np.dtype(body["dtype"])
+    if names is not None and len(names) != len(body["report"]["sources"]):
+        raise DataError(f"{path}: {len(names)} names for {len(body['report']['sources'])} sources")
     report = _named(body["report"], names)
     splits = [
         Split(path, f"source {source['path']}", shards, dtype, tokenizer)
@@ -347,7 +325,7 @@ def open_dataset(
     if given and len(given) != len(splits):
         raise DataError(f"{path}: {len(given)} weights for {len(splits)} sources")
     shares = given or [split.n_tokens for split in splits]
-    total = sum(shares)
+    total = sum(shares) or 1
     dataset = Dataset(
         path,
         _fingerprint(body),
@@ -394,24 +372,26 @@ def _shards(dataset: Dataset) -> list[dict]:
 
 def _read_manifest(path: Path) -> dict:
     try:
-        if (path / MANIFEST).exists() and not (path / MANIFEST).is_file():
-            raise ValueError("it is not a regular file")
-        body = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        body = read_json(path / MANIFEST)
         checksum = body.pop("checksum")
+        told = checksum == _checksum(body)
     except FileNotFoundError:
         raise DataError(
             f"{path}: not prepared data (no {MANIFEST}; it is written last, so preparing did not end). "
             "Prepare the text again: it goes on where it stopped."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path / MANIFEST}: damaged ({error}). Delete {path} and prepare again.") from None
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise DataError(f"{path / MANIFEST}: damaged ({why:.200}). Delete {path} and prepare again.") from None
     if body.get("format") != FORMAT:
         raise DataError(
             f"{path}: data of format {body.get('format')!r}, this version reads format {FORMAT}. Prepare "
             "the text again."
         )
-    if checksum != _checksum(body):
+    if not told:
         raise DataError(f"{path / MANIFEST}: damaged (its checksum does not fit). Delete {path} and prepare again.")
+    if not is_manifest(body):
+        raise DataError(f"{path / MANIFEST}: not as Kiem writes it. Delete {path} and prepare again.")
     return body
 
 

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from io import BufferedReader
@@ -30,7 +31,8 @@ from kiem.config.run import Source
 from kiem.data import documents
 from kiem.data.formats import Document, Item, Problem, Rule, kind_of
 from kiem.data.read import read_item
-from kiem.errors import DataError
+from kiem.errors import DataError, StorageError
+from kiem.files import publish, read_json, write_atomically
 
 __all__ = ["Document", "Problem", "list_items", "read_documents"]
 
@@ -44,6 +46,7 @@ BINARY = frozenset(
     """.split()  # noqa: SIM905
 )
 REMEMBER = 64 * 1024 * 1024  # bytes: digests of files from this size on are remembered in the cache folder
+MOST_NOTE_BYTES = 1 << 20
 RACY = 2.0  # seconds: a file changed so shortly before it was hashed may change again within its time stamp
 
 
@@ -218,20 +221,20 @@ def spool_stdin(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     _clean(folder)
     digest, size = hashlib.sha256(), 0
-    descriptor, name = tempfile.mkstemp(prefix=f"tmp-{os.getpid()}-", dir=folder)
+    spooled = folder / f"tmp-{os.getpid()}-{os.urandom(4).hex()}"
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(spooled, "xb") as file:
             while block := _read_block(stream):
                 digest.update(block)
                 file.write(block)
                 size += len(block)
-        if size == 0:
-            raise DataError("source -: standard input is empty")
-        target = folder / f"{digest.hexdigest()[:32]}.txt"
-        os.replace(name, target)
+            if size == 0:
+                raise DataError("source -: standard input is empty")
+            target = folder / f"{digest.hexdigest()[:32]}.txt"
+            publish(file, target)
         return target
     finally:
-        Path(name).unlink(missing_ok=True)
+        spooled.unlink(missing_ok=True)
 
 
 def _read_block(stream: BinaryIO) -> bytes:
@@ -370,16 +373,15 @@ def _remembered(file: BufferedReader, path: Path, stat: os.stat_result, cache: P
     note = cache / "digests" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.json"
     facts = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
     try:
-        known = json.loads(note.read_text())
-        if known["facts"] == facts:
+        known = read_json(note, MOST_NOTE_BYTES)
+        if known["facts"] == facts and isinstance(known["sha256"], str):
             return known["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
     settled = time.time() - max(stat.st_mtime, stat.st_ctime) > RACY
     digest = _sha256(file)
     if settled:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"path": str(path), "facts": facts, "sha256": digest}))
-        os.replace(temporary, note)
+        with suppress(OSError, StorageError):  # it only saves time
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(note, json.dumps({"path": str(path), "facts": facts, "sha256": digest}))
     return digest

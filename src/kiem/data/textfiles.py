@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from kiem.data import formats
+from kiem.data import encodings, formats
 from kiem.data.formats import Damaged, Document, Item, Rule, blocks_of, pieces
 
 SAMPLE = 64 * 1024  # bytes that an encoding is guessed from
@@ -112,7 +112,9 @@ def _guessed(head: bytes, flaw: _Flaw) -> str | None:
         return None
 
     best = from_bytes(sample, cp_isolation=GUESSED).best()
-    return None if best is None else best.encoding
+    if best is None:
+        return encodings.clear(sample)
+    return encodings.likeliest(sample) if best.encoding in encodings.LANGUAGES else best.encoding
 
 
 def _damaged(damage: Damaged) -> _Flaw:

@@ -13,6 +13,7 @@ import numpy as np
 from kiem.data.bounds import all_bounded, bounded
 from kiem.data.trial import try_out
 from kiem.errors import DataError
+from kiem.files import read_json, write_atomically
 
 EOT = "<|endoftext|>"
 # Names of the end of text in published tokenizers, the first that is found counts.
@@ -158,7 +159,10 @@ class Tokenizer:
         return counts
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, as transformers' PreTrainedTokenizerFast reads them."""
+        """Write `tokenizer.json` and `tokenizer_config.json`, as transformers' PreTrainedTokenizerFast reads them.
+
+        Raises StorageError, or OSError for a folder that cannot be made.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
@@ -173,12 +177,7 @@ class Tokenizer:
             ("tokenizer.json", self.core.to_str(pretty=True)),
             ("tokenizer_config.json", json.dumps(settings, indent=2)),
         ):
-            temporary = folder / f".{name}.{os.getpid()}"
-            try:
-                temporary.write_text(text, encoding="utf-8")
-                os.replace(temporary, folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_atomically(folder / name, text)
 
     @staticmethod
     def load(path: str | Path, trusted: bool = False) -> "Tokenizer":
@@ -350,11 +349,13 @@ def _core(file: Path, text: str) -> Any:
 
 
 def _gpt2_core(vocabulary_file: Path, merges_file: Path) -> Any:
-    from tokenizers import models
-
     try:
-        vocabulary, merges = models.BPE.read_file(str(vocabulary_file), str(merges_file))
+        vocabulary = read_json(vocabulary_file, LARGEST_FILE)
+        lines = (line.rstrip("\r") for line in _read_text(merges_file).split("\n"))
+        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         core = _byte_level_core(None, vocabulary, merges)
+    except DataError:
+        raise
     except Exception as error:  # the library raises a bare Exception
         folder = vocabulary_file.parent
         raise DataError(f"tokenizer {folder}: vocab.json and merges.txt do not make a tokenizer ({error})") from None

@@ -138,11 +138,11 @@ def _configured(target: str) -> Program:
     from kiem.data.loader import Batch
 
     wanted = read_config(target)
-    config = resolve(wanted, wanted.model.vocab_size if wanted.model else tokenizer_vocab_size(wanted))
+    config = resolve(wanted, (wanted.model and wanted.model.vocab_size) or tokenizer_vocab_size(wanted))
     T, generator = min(config.model.context_length, MOST_TOKENS), torch.Generator().manual_seed(config.seed)
     text_BT = torch.randint(config.model.vocab_size, (1, T + 1), generator=generator)
     batch = Batch(text_BT[:, :-1], text_BT[:, 1:], torch.arange(T)[None], torch.zeros(1, T, dtype=torch.int32), T)
-    model = _model(config).initialize(config.seed, config.train.init)
+    model = _model(config, target).initialize(config.seed, config.train.init)
     title = f"{target}, a batch of 1 x {T} random tokens"
     # A matrix of zeros passes no gradient on: nothing before it would be seen.
     if zero := [w for w in model.parameters() if w.ndim > 1 and not w.any()]:
@@ -161,12 +161,13 @@ def _run_folder(path: Path) -> Program:
     if not Run(path).exists and path.resolve().parent.name != "checkpoints":
         raise ConfigError(f"{path}: is a folder, but not that of a run: it has no config.yaml: give {KINDS}")
     run = Run.at(path)
-    found, config = run.read(("model",)), run.config
+    config = run.config
+    model = _model(config, path)
+    found = run.read(("model",))
     try:
         dataset = run.dataset()
     except DataError as error:
         raise DataError(f"{error}. Or give {run.config_file} to see the model on random tokens") from None
-    model = _model(config)
     checkpoint.restore(model.state_dict(), found.tensors["model"], found.path, "model")
     context, step = config.model.context_length, found.state["step"]
     loader = Loader(dataset, context, config.train.batch_tokens // context, config.seed)
@@ -175,13 +176,15 @@ def _run_folder(path: Path) -> Program:
     return _of_model(f"{path}, {found.path.name} on the batch of step {step + 1}{some}", model, config, parts[0])
 
 
-def _model(config: RunConfig) -> Transformer:
+def _model(config: RunConfig, of: str | Path) -> Transformer:
     """As the run trains it, but not compiled, and in float32 unless bfloat16 is asked for by name: a check is as sharp
-    as its data type, and should be the same on every machine."""
+    as its data type, and should be the same on every machine. Raises ConfigError where there is no memory for it."""
     import torch
 
     from kiem.model.transformer import Transformer
+    from kiem.planning.budget import require_room
 
+    require_room(config.model, config.device, of, "and their gradients")
     dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
     return Transformer(config.model, dtype, config.train.activation_checkpointing)
 

@@ -1,11 +1,17 @@
-"""A time instead of a length: the model and the tokens that fill it on this machine."""
+"""What there is on this machine: a time instead of a length, and the memory that a trained model needs."""
 
 import time
+from math import prod
+from pathlib import Path
 
 from kiem import runtime
+from kiem.config.model import ModelConfig
 from kiem.config.presets import depth_for, resolve
 from kiem.config.run import RunConfig
-from kiem.planning.count import flops_per_token
+from kiem.errors import ConfigError
+from kiem.format import bytes_text
+from kiem.planning.count import flops_per_token, parameter_shapes
+from kiem.planning.memory import FLOAT32
 from kiem.planning.predict import tokens_for_minutes
 
 MATMUL_SHARE = 0.5  # of the machine's matmul throughput that training reaches, about
@@ -43,3 +49,22 @@ class Budget:
         guess = max(int(self.flops(config) / per_token), config.train.batch_tokens or 1)
         guessed = resolve(lasting(max(guess, resolve(config, vocab_size).model.context_length)), vocab_size)
         return lasting(tokens_for_minutes(guessed, self.minutes, time.monotonic() - self.began))
+
+
+def require_room(model: ModelConfig, device: str, of: str | Path, twice: str = "as read and in the model") -> None:
+    """Raise ConfigError if the weights of a model do not fit into memory twice, before anything is allocated.
+
+    of: whose model it is, and twice: why its weights are there twice, for the message. (On an accelerator: once.)
+    """
+    weights = FLOAT32 * sum(map(prod, parameter_shapes(model).values()))
+    place = runtime.select_device(device)
+    found = [("this machine", 2 * weights, f" ({twice})", runtime.available_memory())]
+    if place.type == "cuda":
+        found.append((str(place), weights, "", runtime.available_memory(place)))
+    for where, needed, why, available in found:
+        if needed > available:
+            raise ConfigError(
+                f"{of}: its model does not fit: {bytes_text(weights)} of weights need {bytes_text(needed)} of "
+                f"memory{why}, and {bytes_text(available)} are available on {where}: close other programs, or use a "
+                "smaller model or a machine with more memory"
+            )

@@ -11,6 +11,7 @@ from kiem.config.presets import DEFAULT_DEPTH, default_model
 from kiem.config.read import config_dict, read_config
 from kiem.config.run import RunConfig, Source
 from kiem.errors import ConfigError, StorageError
+from kiem.format import shell_word
 from kiem.runs.resume import LENGTH, flat
 from kiem.runs.run import Run
 
@@ -50,7 +51,7 @@ def holds(run: Run, wanted: RunConfig, any_length: bool = False) -> bool:
         if other := _differences(run, wanted, any_length):
             raise ConfigError(
                 f"{run.folder}: the folder holds another run ({', '.join(other)} differ): resume that one with "
-                f"`kiem train {run.folder}`, or choose another folder with --out"
+                f"`kiem train {shell_word(run.folder)}`, or choose another folder with --out"
             )
         return True
     if os.path.lexists(run.folder) and not os.path.isdir(run.folder):

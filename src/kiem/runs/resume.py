@@ -7,7 +7,6 @@ have been had it been as long from the start.
 """
 
 import os
-import shlex
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kiem.config.keys import kind
 from kiem.config.run import RunConfig
 from kiem.errors import CheckpointError, ConfigError, DataError, KiemWarning, StorageError
+from kiem.format import shell_word
 from kiem.optim.schedule import lr_scale
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def check_options(run: "Run", out: str | Path | None, minutes: float | None) -> 
     if out is not None and os.path.realpath(out) != os.path.realpath(run.folder):
         raise ConfigError(
             f"--out {out}: {run.folder} is resumed in its own folder: leave --out out, or start a new run from its "
-            f"weights: kiem train {shlex.quote(str(run.folder))} --fork {shlex.quote(str(out))}"
+            f"weights: kiem train {shell_word(run.folder)} --fork {shell_word(out)}"
         )
     if minutes is not None:
         raise ConfigError(f"--minutes: {run.folder} has its length already: give --tokens to make it longer")
@@ -113,13 +113,13 @@ def fork_command(folder: Path, changed: Changes, keys: Iterable[str]) -> str:
     """What a user types to train on from a run's weights with other values."""
     values = {key: changed[key][1] for key in keys}
     said = "".join(f" {key}={_word(value)}" for key, value in values.items() if not isinstance(value, list))
-    return f"kiem train {shlex.quote(str(folder))} --fork {shlex.quote(f'{folder}-2')}{said}"
+    return f"kiem train {shell_word(folder)} --fork {shell_word(f'{folder}-2')}{said}"
 
 
 def _word(value: Any) -> str:
     """A value as an override of the command line takes it."""
     words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else shlex.quote(str(value))
+    return words[value] if value is None or isinstance(value, bool) else shell_word(value)
 
 
 def set_ended_aside(run: "Run", first_later: int) -> None:

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from kiem import runtime
 from kiem.config.presets import resolve, tokenizer_vocab_size
-from kiem.config.read import config_text, read_config
+from kiem.config.read import config_dict, config_text, read_config
 from kiem.config.run import RunConfig
 from kiem.errors import CheckpointError, ConfigError, DataError, KiemWarning
 from kiem.files import LOCK, TEMPORARY, lock, read_json, storage_error, to_json, write_atomically
+from kiem.format import shell_word
 
 if TYPE_CHECKING:
     from kiem.data.shards import Dataset
@@ -115,18 +116,35 @@ class Run:
     def config(self) -> RunConfig:
         """The configuration that it was trained with, nothing left to derive. Raises CheckpointError, ConfigError."""
         config = self._saved_config() or self.written_config()
-        if config.model is None:
+        if config.model is None or config.model.vocab_size is None:
+            missing = "model" if config.model is None else "model.vocab_size"
             raise CheckpointError(
-                f"{self.config_file} is not as `kiem train` wrote it: it has no model. Bring it back, or start a run "
-                "in a new folder with it: kiem train CONFIG --out FOLDER"
+                f"{self.config_file} is not as `kiem train` wrote it: it has no {missing}. Bring it back, or start a "
+                "run in a new folder with it: kiem train CONFIG --out FOLDER"
             )
         return resolve(config, 1)
 
     def written_config(self) -> RunConfig:
-        """What config.yaml says now, which may have been edited; without the file, what the checkpoint says."""
-        if not os.path.isfile(self.config_file) and (saved := self._saved_config()):
+        """What config.yaml says now, which may have been edited; what is lost of it (all, or the length), as the
+        checkpoint says it."""
+        saved = self._saved_config()
+        if saved and not os.path.isfile(self.config_file):
             return saved
-        return read_config(self.config_file)
+        written = read_config(self.config_file)
+        if saved and self.state.get("cut_from") == config_dict(written)["train"]:
+            # The run was made shorter on the way, and killed before config.yaml said so.
+            return written.model_copy(update={"train": saved.train})
+        if saved and written.train.tokens is None:  # the line was lost: not as long as a new run of this model
+            return written.model_copy(update={"train": written.train.model_copy(update={"tokens": saved.train.tokens})})
+        return written
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of its own tokenizer; of its model, where the tokenizer is not there or damaged."""
+        try:
+            return self.tokenizer.vocab_size
+        except (DataError, CheckpointError):
+            return self.config.model.vocab_size
 
     def _saved_config(self) -> RunConfig | None:
         saved = self.state.get("config")
@@ -137,11 +155,16 @@ class Run:
         """Its own tokenizer, known to be the one that it was trained with. Raises DataError, CheckpointError."""
         from kiem.data.tokenizer import Tokenizer
 
-        found = Tokenizer.load(self.folder / "tokenizer")
-        if self.state.get("tokenizer") not in (None, found.digest):
+        problem, found = "", None
+        try:
+            found = Tokenizer.load(self.folder / "tokenizer")
+        except DataError as error:
+            problem = f" ({error})"
+        if found is None or self.state.get("tokenizer") not in (None, found.digest):
             raise CheckpointError(
-                f"{self.folder / 'tokenizer'} is not the tokenizer that this run was trained with: it was changed or "
-                f"damaged. Bring it back; while the text is there, `kiem train {self.folder}` writes it again"
+                f"{self.folder / 'tokenizer'} is not the tokenizer that this run was trained with: it was changed, "
+                f"damaged or removed{problem}. Bring it back; while the text is there, this writes it again: "
+                f"kiem train {shell_word(self.folder)}"
             )
         return found
 
@@ -163,12 +186,21 @@ class Run:
         if found.tokenizer.digest != self.tokenizer.digest:
             found = prepared(self.with_own_tokenizer(config), progress)
         warnings.warn(
-            f"the text of {self.folder} has changed since it was trained: this is the held-out part of the text as it "
-            "is now, and the run may have been trained on some of it",
+            f"{self._what_changed(found)} since it was trained: this is the held-out part of the text as it is now, "
+            "and the run may have been trained on some of it",
             KiemWarning,
             stacklevel=3,
         )
         return found
+
+    def _what_changed(self, now: "Dataset") -> str:
+        """Why tokens are not those of the run. Their folder is named by the contents of the text and the settings."""
+        if now.path.name == self.state.get("data_folder"):
+            return (
+                f"the text of {self.folder} has not changed, but the tokens in {now.path} are others (changed, or made "
+                "by another version of a library; delete that folder to have them made again)"
+            )
+        return f"the text of {self.folder} has changed"
 
     def with_own_tokenizer(self, config: RunConfig, **data: Any) -> RunConfig:
         """The configuration with the tokenizer of this run, and other values of `data`."""
@@ -178,9 +210,10 @@ class Run:
     def changed(self, now: "Dataset") -> DataError:
         """The refusal of tokens that are not those of the run."""
         return DataError(
-            f"{self.folder}: its text or its tokenizer has changed since it was trained (fingerprint "
+            f"{self.folder}: {self._what_changed(now)} since it was trained (fingerprint "
             f"{str(self.state.get('data'))[:12]}, now {now.fingerprint[:12]}). Bring the text back, or train on the "
-            f"text as it is now, from this run's weights: kiem train {self.folder} --fork {self.folder}-2"
+            "text as it is now, from this run's weights: "
+            f"kiem train {shell_word(self.folder)} --fork {shell_word(f'{self.folder}-2')}"
         )
 
     def _kept_dataset(self, cache: Path) -> "Dataset | None":

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             raise ValueError("checksum differs")
     try:
-        with safe_open(path, "pt") as opened:
+        with _utf8_name(path) as name, safe_open(name, "pt") as opened:
             aliases = from_json((opened.metadata() or {}).get(_ALIASES, "{}"))
             # What the library gives may be a view of the mapped file.
             named = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118, no mapping
@@ -94,6 +95,20 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     ):
         raise ValueError("its list of shared tensors does not fit its tensors")
     return named | {name: named[stored] for name, stored in aliases.items()}
+
+
+@contextlib.contextmanager
+def _utf8_name(path: Path) -> Iterator[Path]:
+    """The path; one that is not UTF-8, which the library cannot open, has another name inside the block."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / "tensors"
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 def _unique(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -5,7 +5,6 @@ stands after every record up to k, and a resume that drops the records after k w
 """
 
 import math
-import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from kiem.config.run import RunConfig
 from kiem.data.loader import Batch, Loader
 from kiem.data.shards import Dataset
 from kiem.errors import CheckpointError, NumericsError, Stopped
-from kiem.format import plural
+from kiem.format import plural, shell_word
 from kiem.model.transformer import Transformer
 from kiem.optim.groups import build_optimizer
 from kiem.optim.state import load_state_tensors, state_tensors
@@ -143,8 +142,9 @@ class Trainer:
                     )
                 if self.step % self.train.eval_every == 0 or last:
                     found = self.evaluate(self.train.eval_tokens)
-                    if last and found.part == "sample":  # beside the curve, whose points are of one sample
-                        self.evaluate(None)
+                    if last and found["part"] == "sample":  # beside the curve, whose points are of one sample
+                        found = self.evaluate(None)
+                    self.progress.eval(found)
                 if self.step % self.train.sample_every == 0 or last:
                     self.sample()
                 if self.step % self.train.save_every == 0 or last or self.stop_signal is not None:
@@ -201,7 +201,7 @@ class Trainer:
     @property
     def fork(self) -> str:
         """The folder of a fork in a command that is advised."""
-        return shlex.quote(f"{self.folder}-2")
+        return shell_word(f"{self.folder}-2")
 
     def keep_deadline(self) -> None:
         """Make the run shorter if it would end after its deadline: said, recorded, and saved at once."""
@@ -213,6 +213,7 @@ class Trainer:
         settings = self.deadline.shortened(self.train, self.tokens, ending)
         if settings is None:
             return
+        before = config_dict(self.config)["train"]
         self.train = settings
         self.config = self.config.model_copy(update={"train": settings})
         self.steps = settings.tokens // settings.batch_tokens
@@ -222,7 +223,7 @@ class Trainer:
             f"slower than planned: the run now ends at step {self.steps:,} ({plural(settings.tokens, 'token')}), "
             "to end in time"
         )
-        self.save()
+        self.save(cut_from=before)  # a kill between the two is no edit of config.yaml
         write_config(self.config, self.of.folder / "config.yaml")
 
     def step_numbers(self, result: StepResult, seconds: float) -> dict[str, Any]:
@@ -263,16 +264,15 @@ class Trainer:
     def measured(self, max_tokens: int | None) -> Evaluation:
         return evaluate(self.model, self.dataset, self.train.micro_batch_tokens, max_tokens, self.objective)
 
-    def evaluate(self, max_tokens: int | None) -> Evaluation:
-        """Held-out loss, recorded and shown."""
+    def evaluate(self, max_tokens: int | None) -> dict[str, Any]:
+        """Held-out loss, recorded; the record."""
         found = self.measured(max_tokens)
         record = self.record(
             "eval", loss=found.loss, perplexity=found.perplexity, bits_per_byte=found.bits_per_byte,
             eval_tokens=found.tokens, eval_bytes=found.bytes, part=found.part, seconds=found.seconds,
         )  # fmt: skip
         self.took["evaluation"] = found.seconds / found.tokens
-        self.progress.eval(record)
-        return found
+        return record
 
     def sample(self) -> None:
         """Samples, recorded; the first is shown."""
@@ -290,8 +290,11 @@ class Trainer:
             self.progress.sample(records[0])
         self.took["sample"] = time.perf_counter() - began
 
-    def save(self) -> None:
-        """A checkpoint of everything that the next step depends on; older ones go, unless the run is in trouble."""
+    def save(self, cut_from: dict[str, Any] | None = None) -> None:
+        """A checkpoint of everything that the next step depends on; older ones go, unless the run is in trouble.
+
+        cut_from: the settings of a run that has just been made shorter.
+        """
         began = time.perf_counter()
         groups = {
             "model": dict(self.model.state_dict()),
@@ -308,7 +311,7 @@ class Trainer:
             "origin": self.origin,
             "watch": self.watch.state(),
             "config": config_dict(self.config),
-        }
+        } | ({} if cut_from is None else {"cut_from": cut_from})
         if self.step:  # a checkpoint stands on the records before it
             self.log.sync()
             self.samples.sync()
@@ -363,7 +366,7 @@ class Trainer:
 
 def _command(run: Path) -> str:
     """What a user types to resume the run."""
-    return f"kiem train {shlex.quote(str(run))}"
+    return f"kiem train {shell_word(run)}"
 
 
 def _now() -> str:

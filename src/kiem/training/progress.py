@@ -130,21 +130,21 @@ class Progress:
         shown = number_text(smoothed if is_number(loss) else loss)
         label = "smoothed loss" if is_number(loss) and self._steps_seen > 1 else "loss"
         eta = self._eta(now)
-        parts = [
-            f"step {integer_text(record['step'])}/{integer_text(self.total_steps)}",
-            f"{label} {shown}",
-            f"ETA {'?' if eta is None else seconds_text(eta)}",
-            f"{int(100 * share)} %",
-            f"{integer_text(record.get('tokens_per_second'))} tokens/s",
-            f"{percent_text(record.get('matmul_share'))} of peak matmul throughput",
-        ]
+        done = f"{int(100 * share)} %"
         if self._out.live:
             cells = BAR_CELLS if self._out.width > 80 else NARROW_BAR_CELLS
             full = round(share * cells)
-            parts[3] = "━" * full + "─" * (cells - full) + f" {parts[3]}"
+            done = "━" * full + "─" * (cells - full) + f" {done}"
             if self._out.width <= 80:
-                parts[1] = f"loss {shown}"
-        return parts
+                label = "loss"
+        return [
+            f"step {integer_text(record['step'])}/{integer_text(self.total_steps)}",
+            f"{label} {shown}",
+            *([f"ETA {seconds_text(eta)}"] if eta else []),
+            done,
+            f"{integer_text(record.get('tokens_per_second'))} tokens/s",
+            f"{percent_text(record.get('matmul_share'))} of peak matmul throughput",
+        ]
 
 
 class StatusLine:
