@@ -160,7 +160,21 @@ def networks_in_turn():
     loss(made).backward()
 
 
+def against_one_number():
+    """Its gradient is a sum of many that nearly cancel, each rounded."""
+    x, y = torch.randn(40, 5, requires_grad=True), torch.randn((), requires_grad=True)
+    weights = torch.randn(40, 5)
+    weights -= weights[x < y].mean()
+    torch.maximum(x, y).backward(weights)
+
+
+def tail_of_a_distribution():
+    """In float64 as well, 1 + erf rounds to steps here, and its derivative does not."""
+    torch.special.ndtr(torch.tensor(-8.4, requires_grad=True)).backward()
+
+
 RIGHT = {
+    "against one number": against_one_number, "tail of a distribution": tail_of_a_distribution,
     "networks in turn": networks_in_turn,
     "changed in place and kept": changed_in_place_and_kept,
     "mask -1e9": lambda: masked_softmax(-1e9), "mask -max": lambda: masked_softmax(-torch.finfo(torch.float32).max),

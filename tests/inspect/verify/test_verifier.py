@@ -18,7 +18,6 @@ from kiem.inspect.verify.verifier import Verifier, verify_recorded
 PROGRAMS = Path(__file__).parents[1] / "programs"
 WRONG = sorted((PROGRAMS / "wrong").glob("*.py"))
 RIGHT = sorted((PROGRAMS / "right").glob("*.py"))
-IN_COARSE_TYPES = {"bfloat16", "custom_functions"}  # an error of a fifth may not show in each of their gradients
 
 
 def verified(program, end_to_end=True):
@@ -51,7 +50,7 @@ def test_a_right_program_gives_no_alarm(path):
     assert [recorder.graph.op(v.op).source for v in result.wrong] == []
     assert [p.argument for p in result.wrong_parameters] == []
     assert [v.text for v in result.verdicts if v.verdict == "unchecked"] == []
-    assert result.verdict == "right" or (result.verdict == "incomplete" and path.stem in IN_COARSE_TYPES)
+    assert result.verdict == "right"
 
 
 def test_a_parameter_is_verified_end_to_end_through_its_whole_way():

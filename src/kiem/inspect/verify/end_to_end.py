@@ -12,6 +12,7 @@ import torch
 from kiem.inspect import rules
 from kiem.inspect.graph.layouts import at_elements, elements, with_elements
 from kiem.inspect.graph.model import BackwardCall, Graph
+from kiem.inspect.verify.arises import where_it_arises
 from kiem.inspect.verify.directions import meant_part
 from kiem.inspect.verify.judge import (
     FINE,
@@ -94,6 +95,7 @@ def unlike_numbers(graph: Graph, leaves: Tensors) -> list[InputVerdict]:
 class _Whole:
     def __init__(self, graph, call, recorded, leaves, roots, start, opaque, wrong, at):
         self.graph, self.call, self.got, self.recorded, self.at = graph, call, leaves, recorded, at
+        self.wrong = not wrong.isdisjoint(step.op for step in call.steps)  # of the operations on the way
         # What ran under no_grad is a constant.
         ran = (
             op for op in graph.ops_between(start, call.after_op)
@@ -123,8 +125,11 @@ class _Whole:
         self.cotangents = self._cotangents(roots)
         self.random = Random(call.index)
         types = {graph.value(v).dtype for op in self.ops for v in op.outputs}
-        units = [torch.finfo(t).eps for t in types if t.is_floating_point or t.is_complex]
-        self.unit = max([2.0**-52, *units, *(op.unit for op in self.ops)])
+        units = {t: torch.finfo(t).eps for t in types if t.is_floating_point or t.is_complex}
+        self.unit = max([2.0**-52, *units.values(), *(op.unit for op in self.ops)])
+        # In a program of coarse and of fine types, by how much finer than the coarsest a type is.
+        mixed = self.unit > FINE and not any(op.unit for op in self.ops)
+        self.shares = {t: unit / self.unit for t, unit in units.items() if unit < self.unit} if mixed else {}
         self._reproduces()
 
     def _cotangents(self, roots) -> list[torch.Tensor]:
@@ -142,9 +147,10 @@ class _Whole:
         if self.changes:
             given = {v: x.clone() for v, x in given.items()}
         if noise is not None:
-            given = {v: self._shake(x) for v, x in given.items()}
-        tensors = self.replay.run({v: with_elements(self.recorded[v], x) for v, x in given.items()}, noise)
-        return [elements(self.replay.find(v, tensors)) for v in self.call.roots]
+            sizes = {v: noise.size(self.graph.value(v).dtype) for v in given}
+            given = {v: x * (1 + sizes[v] * self.random.like(x)) for v, x in given.items()}
+        self.tensors = self.replay.run({v: with_elements(self.recorded[v], x) for v, x in given.items()}, noise)
+        return [elements(self.replay.find(v, self.tensors)) for v in self.call.roots]
 
     def _reproduces(self) -> None:
         with torch.no_grad():
@@ -193,11 +199,16 @@ class _Whole:
             for (leaf, x), g in zip(moves.items(), grads, strict=True)
         }
 
-    def _shake(self, x: torch.Tensor) -> torch.Tensor:
-        return x * (1 + NOISE * self.random.like(x))
-
     def _along(self, leaf: int, direction: torch.Tensor, nearer: bool = False) -> Derivative:
         return self.numeric({leaf: direction}, nearer)
+
+    @functools.cached_property
+    def _spread(self) -> float:
+        """By how much one rounding of everything moves the sum of the roots: in between, terms may cancel (1 + erf)."""
+        outputs = self.value({}, Noise(self.random))
+        return (
+            abs(sum(inner(c, y - at) for c, y, at in zip(self.cotangents, outputs, self.outputs, strict=True))) / NOISE
+        )
 
     def numeric(self, directions: Tensors, nearer: bool = False) -> Derivative:
         """The derivative of the loss along directions of leaves."""
@@ -208,20 +219,15 @@ class _Whole:
 
         with torch.no_grad():
             size = sum(float((c * y).abs().sum()) for c, y in zip(self.cotangents, self.outputs, strict=True))
+            size = max(size, self._spread)
             return derivative(phi, size, NEAR, tries=1) if nearer else derivative(phi, size, step=2.0**-10)
 
     def verdicts(self) -> tuple[list[InputVerdict], list[str]]:
         """Each leaf; first all of them along one direction, then each alone as long as there is time."""
         reference = self.gradients()
-        squares = {leaf: torch.zeros_like(x, dtype=torch.float64) for leaf, x in reference.items()}
-        times = repeats(self.unit)
         slices = {leaf: Slices() for leaf in reference} if self.unit > FINE else {}
-        for _ in range(times):
-            for leaf, other in self.gradients(Noise(self.random)).items():
-                change = other - reference[leaf]
-                squares[leaf] += (change.abs() / NOISE).square() / times
-                if leaf in slices:
-                    slices[leaf].add(reference[leaf], change, 1 / (times * NOISE**2))
+        rounded = self._moved(reference, Noise(self.random, self.shares), repeats(self.unit), slices)
+        alike = self._moved(reference, Noise(self.random), repeats(FINE), {}) if self.shares else rounded
         directions = {leaf: self._direction(leaf) for leaf in self.leaves}
         joint = self.numeric(directions)
         total = sum(inner(reference[leaf], d) for leaf, d in directions.items())
@@ -234,10 +240,15 @@ class _Whole:
             value = self.graph.value(leaf)
             name = self.graph.title(leaf)
             result = InputVerdict(name, leaf, "ok", value.dtype, shape=value.shape, reference="end to end, in float64")
-            sums = 4 * terms**0.5  # in the type itself; where sums are kept in a finer one, what all operations round
-            unit = max(self.unit, torch.finfo(value.dtype).eps)
-            result.bound = 8 + min(sums, 2 * len(self.ops) ** 0.5 + sums * min(unit, 2.0**-23) / unit)
-            moved = squares[leaf].sqrt()
+            unit = coarsest = max(self.unit, torch.finfo(value.dtype).eps)
+            result.bound, moved = self._bound(coarsest, terms), rounded[leaf]
+            if value.dtype in self.shares:
+                # Finer than others: of these it has what comes over its way, and the rest as of its own type.
+                unit = coarsest * self.shares[value.dtype]
+                bound = self._bound(unit, terms)
+                moved = alike[leaf] + moved * (coarsest * result.bound / (unit * bound))
+                slices[leaf].scale(coarsest / unit)
+                result.bound = bound
             if unit > self.unit and self._uses(leaf) == 1:  # coarser than all that is made of it: only what arrives is
                 moved *= self.unit / unit  # rounded as coarsely as the leaf is, the way there is not
             single = time.perf_counter() - began < SECONDS
@@ -263,15 +274,19 @@ class _Whole:
             )
             judge(result, evidence)
             if result.verdict == "wrong" and not result.nonfinite:
-                forgive_jumps(result, evidence, functools.partial(self._near, unit, leaf))
+                forgive_jumps(result, evidence, functools.partial(self._near, coarsest, leaf))
             if result.nonfinite:
                 result.verdict = "nonfinite"
+                notes += self._due_instead(result, leaf, name)
             if leaf in meant and not result.nonfinite:
                 result.verdict = "hook"
                 notes.append(f"{name}: {meant[leaf]}")
             elif value.hooks:
                 notes.append(f"{name}: a hook runs on its gradient ({', '.join(value.hooks)})")
             results.append(result)
+        wrong = [result for result in results if result.verdict == "wrong"]
+        if wrong and not self.wrong and (place := self._arises()):
+            notes.append(f"{wrong[0].argument}: {place}.")
         if not certified and not any(r.verdict == "wrong" for r in results):
             notes.append(
                 "End to end, the numeric derivative did not settle; elements were compared with torch in float64 only."
@@ -280,6 +295,48 @@ class _Whole:
 
     def _uses(self, leaf: int) -> int:
         return sum(edge == ("leaf", leaf) for op in self.ops for edge in op.edges)
+
+    def _due_instead(self, result: InputVerdict, leaf: int, name: str) -> list[str]:
+        """What the derivative is where the program got NaN or infinity: that element is moved alone. Nothing is said
+        where the loss itself is not finite, or infinitely steep."""
+        if result.element is None:
+            return []
+        way = torch.zeros_like(self.leaves[leaf])
+        way[result.element] = size = usual_size(self.leaves[leaf])
+        number = self.numeric({leaf: way})
+        if not number.error <= 1e-3 * max(abs(number.value), abs(number.high - number.low), size):
+            return []
+        place = f"{name}[{', '.join(map(str, result.element))}]" if result.element else name
+        if number.kink:
+            due = f"{number.low / size:.6g} from one side and {number.high / size:.6g} from the other"
+        else:
+            result.expected = number.value / size
+            due = f"{result.expected:.6g}"
+        return [f"The gradient of {place} is {result.got}; moved by itself, the derivative is {due}."]
+
+    def _arises(self) -> str:
+        """Between which operations the difference arises."""
+        moves = {leaf: torch.zeros_like(x).requires_grad_() for leaf, x in self.leaves.items()}
+        with torch.enable_grad():
+            pairs = [(y, c) for y, c in zip(self.value(moves), self.cotangents, strict=True) if y.requires_grad]
+            ways = [y for y, _ in pairs], [c for _, c in pairs]
+            return where_it_arises(self.replay, self.call, self.tensors, *ways, self.unit) if pairs else ""
+
+    def _moved(self, reference: Tensors, noise: Noise, times: int, slices: dict[int, Slices]) -> Tensors:
+        """How far one rounding of everything moves each element, in units of it, and the sums over `slices`."""
+        squares = {leaf: torch.zeros_like(x, dtype=torch.float64) for leaf, x in reference.items()}
+        for _ in range(times):
+            for leaf, other in self.gradients(noise).items():
+                change = other - reference[leaf]
+                squares[leaf] += (change.abs() / NOISE).square() / times
+                if leaf in slices:
+                    slices[leaf].add(reference[leaf], change, 1 / (times * NOISE**2))
+        return {leaf: square.sqrt() for leaf, square in squares.items()}
+
+    def _bound(self, unit: float, terms: int) -> float:
+        """Roundings, of sums in the type itself; where sums are kept in a finer one, what all operations round."""
+        sums = 4 * terms**0.5
+        return 8 + min(sums, 2 * len(self.ops) ** 0.5 + sums * min(unit, 2.0**-23) / unit)
 
     def _direction(self, leaf: int) -> torch.Tensor:
         x = self.leaves[leaf]

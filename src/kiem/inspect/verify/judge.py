@@ -13,8 +13,9 @@ a fifth the verdict is `coarse`, as nothing was found but nothing can be said.""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ NOISE = 2.0**-26  # relative; far above float64's rounding, far below where form
 COARSEST = 0.2  # relative error of a whole gradient that must show
 ROUNDINGS = 8.0  # of a stable algorithm
 OUTLIER = 64.0  # times what is usual
+SETTLED = 1e-6  # relative error of a number that is beyond doubt
 FINE = 2.0**-12  # types of a unit below need no sums over slices: no wrong factor hides in their bounds
 DOUBLE = 2.0**-46  # some roundings of float64, in which references are computed
 ROW = 262_139  # a prime: no dimension of a tensor falls in step with it
@@ -94,15 +96,15 @@ class Random:
             flat[start : start + len(row)] = row
         return made.to(tensor.device)
 
-    def shaken(self, tensor: Tensor) -> Tensor:
+    def shaken(self, tensor: Tensor, size: float = NOISE) -> Tensor:
         """The tensor with relative noise on each element."""
         if tensor.is_complex() or tensor.device.type != "cpu":
-            return tensor * (1 + NOISE * self.like(tensor))
+            return tensor * (1 + size * self.like(tensor))
         flat = tensor.reshape(-1)
         made = torch.empty_like(flat)
         for start, row in self._rows(flat.numel()):
             part = flat[start : start + len(row)]
-            torch.mul(part, 1 + NOISE * row, out=made[start : start + len(row)])  # what is infinite stays so
+            torch.mul(part, 1 + size * row, out=made[start : start + len(row)])  # what is infinite stays so
         return made.view(tensor.shape)
 
     def _rows(self, count: int) -> Iterator[tuple[int, Tensor]]:
@@ -115,32 +117,43 @@ class Random:
 
 
 class Noise:
-    """Laid on what operations give, as their roundings would be, forward and backward."""
+    """Laid on what operations give, as their roundings would be, forward and backward. `shares`: of it that a number
+    of each data type gets, 1 if not said."""
 
-    def __init__(self, random: Random):
-        self._random = random
+    def __init__(self, random: Random, shares: Mapping[torch.dtype, float] | None = None):
+        self._random, self._shares = random, shares or {}
 
-    def __call__(self, tensor: Tensor) -> Tensor:
+    def size(self, dtype: torch.dtype) -> float:
+        """Of the noise on a number that is of this type in the program."""
+        return NOISE * self._shares.get(dtype, 1.0)
+
+    def __call__(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The tensor, changed in place: the operation that made it must see the change in what it saved, too."""
         # Of a view changed in place torch makes the node when it is asked for; register_hook alone crashes.
         if regular(tensor) and tensor.requires_grad and (tensor.grad_fn is not None or tensor.is_leaf):
-            tensor.register_hook(self._rounded)
+            tensor.register_hook(functools.partial(self._rounded, self.size(dtype)))
         if tensor.is_floating_point() or tensor.is_complex():
             held = elements(tensor.data)
-            held.copy_(self._random.shaken(held))
+            held.copy_(self._random.shaken(held, self.size(dtype)))
         return tensor
 
-    def apart(self, tensor: Tensor) -> Tensor:
+    def backward(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor as it is, only its gradient rounded."""
+        if regular(tensor) and tensor.requires_grad and tensor.grad_fn is not None:
+            tensor.register_hook(functools.partial(self._rounded, self.size(dtype)))
+        return tensor
+
+    def apart(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The tensor for one of several that read it: their gradients are rounded one by one before they are added up,
         and may cancel."""
         if not regular(tensor) or not tensor.requires_grad:
             return tensor
         alias = tensor.view_as(tensor)
-        alias.register_hook(self._rounded)
+        alias.register_hook(functools.partial(self._rounded, self.size(dtype)))
         return alias
 
-    def _rounded(self, gradient: Tensor | None) -> Tensor | None:
-        return None if gradient is None else self._random.shaken(gradient)
+    def _rounded(self, size: float, gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else self._random.shaken(gradient, size)
 
 
 @dataclass(slots=True)
@@ -276,7 +289,7 @@ def _by_reference(result: InputVerdict, given: Evidence) -> None:
         certified = _certified(reference, direction, nearer, exact + 4 * nearer.error)
         apart = max(nearer.low - number.high, number.low - nearer.high)
         settled = certified or not apart > 4 * (number.error + nearer.error) + exact
-    if not certified and settled and not (given.independent and not mismatch.any()):
+    if not certified and settled and (not given.independent or mismatch.any() or _settled(number)):
         result.reference = ""  # the number speaks against it and decides alone
         found = _by_number(result, dataclasses.replace(given, direction=direction, number=number))
         if found is not None:
@@ -310,6 +323,11 @@ def _by_reference(result: InputVerdict, given: Evidence) -> None:
 
 def _certified(reference: Tensor, direction: Tensor, number: Derivative, slack: float) -> bool:
     return number.low - slack <= inner(reference, direction) <= number.high + slack
+
+
+def _settled(number: Derivative) -> bool:
+    """Whether a number is beyond doubt: along a straight line, or nearly, or where steps of all widths agree."""
+    return number.error + number.asymmetry <= SETTLED * abs(number.value)
 
 
 def _between(got: Tensor, sides: tuple[Tensor, Tensor], slack: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:

@@ -256,13 +256,13 @@ def _seen_at(value: Value) -> tuple:
 class _Apart(dict):
     """Tensors as one operation reads them: those that others read too, or that it reads twice, as `noise` has them."""
 
-    def __init__(self, tensors: Tensors, uses: Counter[int], noise: Noise):
+    def __init__(self, tensors: Tensors, graph: Graph, uses: Counter[int], noise: Noise):
         super().__init__(tensors)
-        self._uses, self._noise = uses, noise
+        self._graph, self._uses, self._noise = graph, uses, noise
 
     def __getitem__(self, value: int) -> torch.Tensor:
         tensor = super().__getitem__(value)
-        return self._noise.apart(tensor) if self._uses[value] > 1 else tensor
+        return self._noise.apart(tensor, self._graph.value(value).dtype) if self._uses[value] > 1 else tensor
 
 
 class Replay:
@@ -303,9 +303,9 @@ class Replay:
             if op.label == "detach" and self.cut and op.parent is None and op.region != "backward":
                 if op.outputs[0] not in self._frozen:
                     self._frozen[op.outputs[0]] = tensors[op.inputs[0][1]].detach().clone()
-                outputs: tuple[torch.Tensor | None, ...] = (self._frozen[op.outputs[0]],)
+                outputs: tuple[torch.Tensor | None, ...] = (self._frozen[op.outputs[0]].clone(),)
             elif op.kind == "op":
-                seen = tensors if noise is None or op.mutates else _Apart(tensors, self._uses, noise)
+                seen = tensors if noise is None or op.mutates else _Apart(tensors, self.graph, self._uses, noise)
                 seen = self._as_taken(op, seen) if self.cut and noise is None and not torch.is_grad_enabled() else seen
                 # Under no_grad a change in place counts for nothing; in a Function's forward it is derived.
                 derived = op.grad_enabled or op.parent is not None or not op.mutates
@@ -315,12 +315,9 @@ class Replay:
                 continue  # its children follow, and its outputs are found through them
             for value, output in zip(op.outputs, outputs, strict=False):
                 if isinstance(output, torch.Tensor) and value not in given:
-                    if (
-                        noise is not None
-                        and op.label.rstrip("_") not in COMPARING
-                        and self.graph.value(value).base is None
-                    ):
-                        output = noise(output)
+                    if noise is not None and self.graph.value(value).base is None:
+                        kept = op.label.rstrip("_") in COMPARING
+                        output = (noise.backward if kept else noise)(output, self.graph.value(value).dtype)
                     tensors[value] = self._laid_out(value, output) if op.label in WRITTEN_OUT else output
         return tensors
 

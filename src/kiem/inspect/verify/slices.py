@@ -40,6 +40,10 @@ class Slices:
         sums = [weight * s.square() for s in _sums(_weights(reference), change)]
         self.squares = [a + b for a, b in zip(self.squares, sums, strict=True)] if self.squares else sums
 
+    def scale(self, factor: float) -> None:
+        """Count in units that are smaller by this factor."""
+        self.squares = [square * factor**2 for square in self.squares]
+
     def judge(
         self, got: Tensor, reference: Tensor, moved: Tensor, around: Tensor, unit: float, bound: float
     ) -> Found | None:
