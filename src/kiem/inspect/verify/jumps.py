@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kiem.inspect.verify.judge import Evidence, InputVerdict, Random, usual_size, with_neighbors
+from kiem.inspect.verify.judge import ROUNDINGS, Evidence, InputVerdict, Random, usual_size, with_neighbors
 
 JUMPS = 8  # samples of inputs around a wrong element at a time
 NEARER = 2.0**-10
@@ -48,7 +48,8 @@ def forgive_jumps(result: InputVerdict, given: Evidence, near: Near) -> None:
         if outside == before:
             return
     if given.slices is not None:
-        there = ~right.all(-1) if right.dim() > reference.dim() else ~right
+        jumped = ~right | (high - low > slack / ROUNDINGS)  # by however little
+        there = jumped.any(-1) if jumped.dim() > reference.dim() else jumped
         rest = torch.where(there, reference, given.got)
         around = with_neighbors(given.moved.clone())
         found = given.slices.judge(rest, reference, given.moved, around, given.unit, given.roundings)
