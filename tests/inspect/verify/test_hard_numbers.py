@@ -316,7 +316,7 @@ def test_a_right_program_is_not_called_wrong(name):
             assert result.ok is True, (told, result.gaps, [(v.verdict, v.sharpness) for _, v in result.parameters])
         else:
             assert {v.verdict for v in result.verdicts} <= {"ok", "kink", "zero"}, told
-            assert {gap.kind for gap in result.gaps} == {"end to end"}
+            assert {gap.kind for gap in result.gaps} == (set() if result.ok else {"end to end"})
 
 
 @pytest.mark.parametrize("name", ["kernel into empty_like", "kernel into empty_like, by torch", "numpy"])
