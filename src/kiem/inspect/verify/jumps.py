@@ -28,7 +28,7 @@ def few_roundings(x: Tensor, unit: float, random: Random) -> Tensor:
 def forgive_jumps(result: InputVerdict, given: Evidence, near: Near) -> None:
     """Takes a wrong verdict back if every wrong element is one where the reference jumps within a few roundings of the
     inputs, and lies between what it gives there, and all others are right together as well. To an element several may
-    have jumped, rarely all at once: samples are drawn as long as each few more take a wrong element further."""
+    have jumped: samples are drawn as long as each few more bring some more elements between."""
     assert given.reference is not None and given.moved is not None  # without, nothing is known of single elements
     reference = given.reference
     allowed = given.unit * (with_neighbors(given.moved.clone()) + reference.abs()) * result.bound
@@ -39,15 +39,13 @@ def forgive_jumps(result: InputVerdict, given: Evidence, near: Near) -> None:
     if not outside:
         return  # a sum over a slice, or the number, says that it is wrong: that is no jump of an element
     while outside:
-        width = high - low
         for _ in range(JUMPS):
             there, nearer = near()
             sample = _jumped(start, _real(there), _real(nearer), slack)
             low, high = torch.minimum(low, sample), torch.maximum(high, sample)
         jumps = (high - low > slack) & (got >= low - slack) & (got <= high + slack)
-        wrong = ~(right | jumps)
-        outside = int(wrong.sum())
-        if outside and not bool((wrong & (high - low - width > slack)).any()):
+        before, outside = outside, int((~(right | jumps)).sum())
+        if outside == before:
             return
     if given.slices is not None:
         jumped = ~right | (high - low > slack / ROUNDINGS)  # by however little
