@@ -93,7 +93,8 @@ def test_a_wrong_factor_is_found_in_a_coarse_type(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_wrong_factor_is_found_where_only_the_number_is_known(dtype):
     found = outcomes(FAST, dtype, hidden=True)
-    assert found[1.0] == {"ok": len(FAST)}
+    # In bfloat16 a number along one random direction does not show that nothing is missing.
+    assert found[1.0] == {"coarse" if dtype == torch.bfloat16 else "ok": len(FAST)}
     for factor in (1.5, 2.0, 0.0, -1.0):
         assert found[factor] == {"wrong": len(FAST)}, factor
 

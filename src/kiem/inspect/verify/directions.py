@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
 from kiem.inspect.graph.model import Op
 from kiem.inspect.verify.judge import Random, usual_size
+from kiem.inspect.verify.numeric import Derivative
 
 # Arguments of which an operation reads one triangle, or which are logarithms of probabilities that sum to 1: their
 # gradient is only meant along such directions.
@@ -74,3 +78,12 @@ def without_padding(op: Op, argument: str, direction: Tensor) -> Tensor:
     if op.label in ("embedding", "_embedding_bag") and argument.startswith("weight") and padding >= 0:
         direction[padding] = 0
     return direction
+
+
+def numbers(ways: list[Tensor], numeric: Callable[[Tensor], Derivative]) -> list[tuple[Tensor, Derivative]]:
+    """Directions and the derivative along each, without those along which the operation takes no input."""
+    found = []
+    for way in ways:
+        with suppress(RuntimeError):
+            found.append((way, numeric(way)))
+    return found

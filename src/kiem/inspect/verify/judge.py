@@ -162,12 +162,13 @@ class Evidence:
     elements (None: there is none); the number along a direction, and how to take it along others.
 
     `sides`: the reference a little to both sides of the input. `independent`: the reference owes nothing to autograd,
-    so where both say the same, a number that says something else did not settle. `slices`: sums over slices, of coarse
-    types. `others`: numbers along other directions. `roundings`: on the way, of sums over slices. `coarsest`: the
-    relative error of the whole that must show. `size`: of the terms whose derivative the number is. `arrived`:
-    something arrived that was not finite, so that what is not finite of `got` is no fault of it. `nearer`: a number
-    along a direction by much smaller steps, as functions that have steps themselves (a rounding) need. `arriving`: how
-    far one rounding of nothing but the gradients that arrived moves each element."""
+    so where both say the same, a number that says something else did not settle. `own`: it is the backward that is on
+    trial, in float64, and worth what a number says of it. `slices`: sums over slices, of coarse types. `more`: numbers
+    along further random directions; `others`: along the gradient itself. `roundings`: on the way, of sums over slices.
+    `coarsest`: the relative error of the whole that must show. `size`: of the terms whose derivative the number is.
+    `arrived`: something arrived that was not finite, so that what is not finite of `got` is no fault of it. `nearer`: a
+    number along a direction by much smaller steps, as functions that have steps themselves (a rounding) need.
+    `arriving`: how far one rounding of nothing but the gradients that arrived moves each element."""
 
     got: Tensor
     reference: Tensor | None
@@ -178,7 +179,9 @@ class Evidence:
     numeric: Callable[[Tensor], Derivative]
     sides: Callable[[], tuple[Tensor, Tensor]]
     independent: bool = False
+    own: bool = False
     slices: Slices | None = None
+    more: Callable[[], Sequence[tuple[Tensor, Derivative]]] = tuple
     others: Callable[[], Sequence[tuple[Tensor, Derivative]]] = tuple
     roundings: float = ROUNDINGS
     coarsest: float = COARSEST
@@ -245,7 +248,7 @@ def _kept(kept: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def _without_reference(result: InputVerdict, given: Evidence) -> None:
     """Elements at which the reference is not finite and what the program got is: the number alone speaks of them."""
-    verdict, given = result.verdict, dataclasses.replace(given, reference=None, others=tuple)
+    verdict, given = result.verdict, dataclasses.replace(given, reference=None, more=tuple, others=tuple)
     own = dataclasses.replace(result)
     own.along = inner(given.got, given.direction)
     _by_number(own, given)
@@ -296,7 +299,7 @@ def _by_reference(result: InputVerdict, given: Evidence) -> None:
             way, number = found
             slack = 5 * float((allowed * way.abs()).square().sum().sqrt()) * bound + 4 * number.error + tiny
             if number.low - slack <= result.along <= number.high + slack:  # it may be rounding, as the reference moves
-                result.sharpness = slack / max(abs(result.along), abs(number.value), tiny)
+                result.sharpness = slack / max(abs(number.value), tiny)
                 result.verdict = right if result.sharpness <= given.coarsest else "coarse"
         elif result.verdict != "coarse":
             result.verdict = right
@@ -305,7 +308,9 @@ def _by_reference(result: InputVerdict, given: Evidence) -> None:
     result.sharpness = _sharpness(given, moved, allowed, bound)
     if sliced is not None:
         result.sharpness = min(result.sharpness, sliced.sharpness)
-    if mismatch.any():
+    if given.own and 4 * number.error > COARSEST * abs(number.value) and result.along != 0.0:
+        result.verdict, result.sharpness = "coarse", 4 * number.error / max(abs(number.value), tiny)
+    elif mismatch.any():
         where = ratio.argmax()
         result.wrong_elements = int(mismatch.sum())
         result.element = tuple(int(i) for i in torch.unravel_index(where, error.shape)) if error.dim() else ()
@@ -363,22 +368,31 @@ def _cancels(given: Evidence, size: Tensor, moved: Tensor) -> bool:
 
 
 def _by_number(result: InputVerdict, given: Evidence) -> tuple[Tensor, Derivative] | None:
-    """Only derivatives along directions are known. The direction that says that it is wrong, with its number."""
+    """Only derivatives along directions are known. The direction that says that it is wrong, with its number.
+
+    Along random directions an error of any form shows; along the gradient itself a wrong factor, and nothing that is
+    missing: such directions make no check sharper. Roundings are independent of the directions: over several random
+    ones their mean square is known better than along one."""
     unit, got, bound = given.unit, given.got, result.bound
     usual = float(got.abs().square().mean().sqrt()) if got.numel() else 0.0
-    sharpness, worst = math.inf, -1.0
-    zero = True  # as the gradient, so every number, to a thousandth of its terms
-    for direction, number in ((given.direction, given.number), *given.others()):
+    worst = -1.0
+    zero = nothing = True  # as the gradient, so every number, to a thousandth of its terms; every number, and it
+    tried = [(given.direction, given.number, True), *((way, number, True) for way, number in given.more())]
+    squares: list[tuple[float, float, float]] = []  # along each random direction: what is off, its size, what is vague
+    for direction, number, random in (*tried, *((way, number, False) for way, number in given.others())):
         if not math.isfinite(number.error):
             continue  # it did not settle
         along, size = inner(got, direction), got.abs() * direction.abs()
         scale = max(abs(number.value), float(size.square().sum().sqrt()))
         spread = 5 * float(((got.abs() + usual) * direction.abs()).square().sum().sqrt()) + float(size.sum())
-        allowed = unit * bound * min(5 * scale, spread) + 4 * number.error + 8 * torch.finfo(result.dtype).tiny
-        right = number.low - allowed <= along <= number.high + allowed
+        vague = 4 * number.error + 8 * torch.finfo(result.dtype).tiny
+        allowed = unit * bound * min(5 * scale, spread) + vague
+        off = max(number.low - along, along - number.high, 0.0)
         zero &= along == 0.0 and allowed <= 1e-3 * given.size
-        if max(abs(along), abs(number.value)):
-            sharpness = min(sharpness, allowed / max(abs(along), abs(number.value)))
+        nothing &= along == 0.0 and number.value == 0.0
+        if random:
+            squares.append((off**2, scale**2, (vague + number.high - number.low) ** 2))
+        right = off <= allowed
         near = math.inf if not right else abs(along - number.value) / allowed if math.isfinite(allowed) else 0.0
         if near > worst and (scale or not right):
             worst, result.numeric, result.numeric_error, result.along = near, number.value, number.error, along
@@ -387,10 +401,18 @@ def _by_number(result: InputVerdict, given: Evidence) -> tuple[Tensor, Derivativ
         if not right:
             result.verdict, result.expected, result.got = "wrong", number.value, along
             return direction, number
-    kink = given.number.kink
-    nothing = sharpness == math.inf and math.isfinite(given.number.error)
-    result.sharpness = 0.0 if nothing or (zero and usual == 0.0) else sharpness
-    result.verdict = "coarse" if result.sharpness > given.coarsest else "kink" if kink else "ok"
+    if not squares:
+        result.verdict, result.sharpness = "coarse", math.inf
+        return None
+    off, scale, vague = (math.sqrt(math.fsum(column) / len(squares)) for column in zip(*squares, strict=True))
+    tail = 5.0 if len(squares) == 1 else math.sqrt(1 + 5 * math.sqrt(2 / len(squares)))  # five deviations
+    allowed = unit * bound * tail * scale + vague
+    if off > allowed:
+        result.verdict, result.expected, result.got = "wrong", result.numeric, result.along
+        result.units, result.bound = off / (unit * scale), allowed / (unit * scale)
+        return given.direction, given.number
+    result.sharpness = 0.0 if nothing or (zero and usual == 0.0) else allowed / scale
+    result.verdict = "coarse" if result.sharpness > given.coarsest else "kink" if given.number.kink else "ok"
     return None
 
 
@@ -421,6 +443,7 @@ def _plainly_right(result: InputVerdict, given: Evidence) -> bool:
         or given.moved is None
         or number.kink
         or given.slices
+        or given.own
         or got.is_complex()
         or reference.is_complex()
     ):

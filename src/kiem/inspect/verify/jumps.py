@@ -7,6 +7,7 @@ left."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -55,8 +56,11 @@ def forgive_jumps(result: InputVerdict, given: Evidence, near: Near) -> None:
         found = given.slices.judge(rest, reference, given.moved, around, given.unit, given.roundings)
         if found is not None and found.wrong:
             return
-    result.verdict, result.wrong_elements, result.element = "kink", 0, None
-    result.expected = result.got = None
+    result.wrong_elements, result.element, result.expected, result.got = 0, None, None, None
+    # What lies between the sides of a jump can hide an error as large as the jump.
+    hidden, whole = float(torch.linalg.vector_norm((high - low) * ~right)), float(torch.linalg.vector_norm(start))
+    result.sharpness = max(result.sharpness, hidden / whole if whole else math.inf)
+    result.verdict = "coarse" if result.sharpness > given.coarsest else "kink"
 
 
 def _jumped(start: Tensor, near: Tensor, nearer: Tensor, slack: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +22,7 @@ from kiem.inspect import rules
 from kiem.inspect.graph.layouts import at_elements, can_be_written_out, elements, regular, with_elements, written_out
 from kiem.inspect.graph.model import BackwardCall, Graph, Op, Step
 from kiem.inspect.graph.stats import statistics
-from kiem.inspect.verify.directions import along_gradient, direction, structured
+from kiem.inspect.verify.directions import along_gradient, direction, numbers, structured
 from kiem.inspect.verify.function import Function, differentiable
 from kiem.inspect.verify.judge import FINE, NOISE, Evidence, InputVerdict, Noise, Random, inner, judge, repeats
 from kiem.inspect.verify.jumps import NEARER, few_roundings, forgive_jumps
@@ -33,6 +34,7 @@ from kiem.inspect.verify.slices import Slices
 from kiem.inspect.verify.ties import chooses, compares_as_given, judge_together
 
 FEW = 32  # elements of which each is moved alone, where there is no reference
+MORE = 15  # random directions more, where nothing but numbers speaks of a coarse type
 
 
 @dataclass(slots=True)
@@ -222,7 +224,9 @@ class _Check:
         with torch.no_grad():
             if not self.wide and self._unit() > FINE:
                 return noisy_derivative(phi)
-            size = self._weighed([y.abs() for y in self.outputs], absolute=True)
+            # What a kernel of somebody's gives as zero may be what terms of any size have cancelled down to.
+            least = 1.0 if self.function.hidden else 0.0
+            size = self._weighed([torch.where(y == 0, least, y.abs()) for y in self.outputs], absolute=True)
             if nearer:
                 return derivative(phi, size, NEAR, tries=1)
             return derivative(phi, size) if self.wide else derivative(phi, size, 2.0**-3, self._unit() / 2, tries=2)
@@ -237,6 +241,12 @@ class _Check:
             total += float((g.abs() * y).sum()) if absolute else inner(g, y)
         return total
 
+    def _more(self, value: int) -> list[tuple[Tensor, Derivative]]:
+        """Numbers along more random directions, in coarse types."""
+        if not self.wide or self._unit() <= FINE:
+            return []
+        return numbers([self.direction(value) for _ in range(MORE)], lambda way: self.numeric({value: way}))
+
     def _others(self, value: int, got: Tensor) -> list[tuple[Tensor, Derivative]]:
         """Numbers along the gradient itself and along parts of it, where one along a random direction is no sharp
         judge."""
@@ -244,7 +254,7 @@ class _Check:
             return []
         x = self.inputs[value]
         ways = along_gradient(self.op, self.names.get(value, ""), x, got.to(x.device), parts=self.wide)
-        return [(way, self.numeric({value: way})) for way in ways]
+        return numbers(ways, lambda way: self.numeric({value: way}))
 
     def _by_elements(self, value: int) -> Tensor | None:
         """The gradient of an input of few elements, each moved alone; None if one of the derivatives did not settle."""
@@ -410,7 +420,9 @@ class _Check:
             nearer=(lambda there: self.numeric({value: there}, nearer=True)) if self.wide else None,
             sides=lambda: self._sides(value),
             independent=self.rule is not None,
+            own=self.function.hidden,
             slices=slices,
+            more=lambda: self._more(value),
             others=lambda: [] if got is None else self._others(value, torch.where(torch.isfinite(got.abs()), got, 0.0)),
             arriving=None if reference is None else lambda: self._arriving(value),
             size=self._weighed([y.abs() for y in self.outputs], absolute=True) if reference is None else 0.0,
@@ -419,15 +431,26 @@ class _Check:
         judge(result, evidence)
         wrong = result.verdict == "wrong" and not (result.nonfinite or compares_as_given(self.op, self.inputs.values()))
         if wrong and reference is not None and moved is not None and got is not None:
-            if self.function.hidden:
-                evidence.moved = (moved.square() + self._strays(value, got, reference).square()).sqrt()
-                result.verdict, result.wrong_elements, result.element = "ok", 0, None
-                judge(result, evidence)
-            if result.verdict == "wrong":
-                forgive_jumps(result, evidence, lambda: self._near(value, meant))
+            with suppress(RuntimeError, NotImplementedError, TypeError, ValueError, CannotReplay):
+                self._doubt(result, evidence, got, reference, meant)
         if got is None:
             result.got = None
         return result
+
+    def _doubt(
+        self, result: InputVerdict, given: Evidence, got: Tensor, reference: Tensor, meant: Callable[[Tensor], Tensor]
+    ) -> None:
+        """A wrong verdict is taken back where a kernel rounds inside, or where the derivative jumps. Raises what the
+        operation raises where it does not take other inputs."""
+        assert given.moved is not None  # there is a reference
+        if self.function.hidden:
+            strays = self._strays(result.value, got, reference)
+            given.moved = (given.moved.square() + strays.square()).sqrt()
+            result.verdict, result.wrong_elements, result.element = "ok", 0, None
+            result.bound = self._roundings(result.value, given.unit)  # a verdict by number had written its own there
+            judge(result, given)
+        if result.verdict == "wrong":
+            forgive_jumps(result, given, lambda: self._near(result.value, meant))
 
     def _arriving(self, value: int) -> Tensor:
         """How far one rounding of the gradients that arrived moves each element of this one."""
