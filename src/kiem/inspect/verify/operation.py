@@ -224,7 +224,7 @@ class _Check:
         with torch.no_grad():
             if not self.wide and self._unit() > FINE:
                 return noisy_derivative(phi)
-            # What a kernel of somebody's gives as zero may be what terms of any size have cancelled down to.
+            # What a kernel of somebody's gives as zero may be what terms of any size have canceled down to.
             least = 1.0 if self.function.hidden else 0.0
             size = self._weighed([torch.where(y == 0, least, y.abs()) for y in self.outputs], absolute=True)
             if nearer:
