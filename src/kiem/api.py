@@ -278,7 +278,10 @@ def _fork(
     if folders.holds(new, config):
         return _resume(new, {}, (), quiet, show)
     with _counting(quiet) as progress:
-        dataset = run.dataset(progress) if same_text else _prepare(run.with_own_tokenizer(config), quiet)
+        if same_text:
+            dataset = run.dataset(progress, changed_text=True)
+        else:
+            dataset = _prepare(run.with_own_tokenizer(config), quiet)
     return _train(config, new, dataset, quiet, show, weights=run)
 
 

@@ -151,8 +151,8 @@ def prepare(
 
 def _sweep(data: Path) -> None:
     """Remove half-written files of processes that are no more: on a full disk they would keep it full."""
-    waste = ("*.tmp", f"{TEMPORARY}*")
-    for folder in {path.parent for kind in waste for path in data.glob(f"*/{kind}")}:
+    waste = [f"{place}{kind}" for place in ("", "tokenizer/") for kind in ("*.tmp", f"{TEMPORARY}*")]
+    for folder in {data / path.relative_to(data).parts[0] for kind in waste for path in data.glob(f"*/{kind}")}:
         with suppress(OSError), exclusive(folder.with_suffix(".lock"), timeout=0):
             for path in (path for kind in waste for path in folder.glob(kind)):
                 path.unlink(missing_ok=True)

@@ -32,6 +32,7 @@ from kiem.files import publish, read_json, sync_folder, write_atomically
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+MOST_NAME_BYTES = 1 << 18  # of where a document came from: a path, and one in an archive
 VERIFY_UP_TO = 1 << 30  # bytes: a larger data set is opened by size, and checked in full on request
 
 
@@ -191,7 +192,14 @@ class Split:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Token ids [start, stop), uint16 or uint32 (stop - start,)."""
-        return self._read(start, stop, "bin", self.dtype)
+        ids = self._read(start, stop, "bin", self.dtype)
+        entries = self._tokenizer.vocab_size if self._tokenizer else None
+        if entries is not None and len(ids) and (largest := int(ids.max())) >= entries:
+            raise DataError(
+                f"{self.folder}: {self.name} has the token id {largest}, its tokenizer only {entries} entries: "
+                f"somebody changed it. Delete {self.folder} and prepare again."
+            )
+        return ids
 
     def text_bytes(self, start: int, stop: int) -> int:
         """How many bytes of text the tokens [start, stop) stand for; over all of a split exactly `n_bytes`."""
@@ -225,18 +233,25 @@ class Split:
                 # A document has at least its end-of-text token, so no more of them fit.
                 data = file.read(4 * min(last - first, shard["documents"] - low))
             starts = np.frombuffer(data, "<u4").astype(np.int64) + base
-            found.append(starts[starts < last])
+            found.append(starts[(first <= starts) & (starts < last)])
         return np.concatenate(found)
 
     def document_names(self, start: int, stop: int) -> list[str]:
-        """Where the text of tokens [start, stop) came from, in order."""
-        names = []
-        for shard, base, first, last in self._parts(start, stop):
-            with self._open_starts(shard) as file:
-                low = _search(file, shard["documents"], first - base + 1) - 1
-                high = _search(file, shard["documents"], last - base)
-            before = self._document_ends[self.shards.index(shard)] - shard["documents"]
-            names += [self._name(number) for number in range(max(0, before + low), before + high)]
+        """Where the text of tokens [start, stop) came from, in order; their place, if that cannot be read: names are
+        for messages about something else."""
+        numbers = list[int]()
+        try:
+            for shard, base, first, last in self._parts(start, stop):
+                with self._open_starts(shard) as file:
+                    low = _search(file, shard["documents"], first - base + 1) - 1
+                    high = _search(file, shard["documents"], last - base)
+                before = self._document_ends[self.shards.index(shard)] - shard["documents"]
+                numbers += range(max(0, before + low), before + high)
+            names = [self._name(number) for number in numbers]
+        except (OSError, ValueError, zstandard.ZstdError):
+            names = []
+        if start < stop and not names:
+            names = [f"tokens {start} to {stop} of {self.name}"]
         return list(dict.fromkeys(names))
 
     def _open_starts(self, shard: dict) -> Any:
@@ -245,8 +260,8 @@ class Split:
     def _name(self, number: int) -> str:
         index = bisect_right(self._document_ends, number)
         shard = self.shards[index]
-        lines = _read_names(self.folder / f"{shard['name']}.names.zst")
-        return lines[number - (self._document_ends[index] - shard["documents"])]
+        names = _read_names(self.folder / f"{shard['name']}.names.zst", shard["documents"])
+        return names[number - (self._document_ends[index] - shard["documents"])]
 
     def _parts(self, start: int, stop: int) -> list[tuple[dict, int, int, int]]:
         """(shard, its first position, first and last position wanted) for each shard that [start, stop) touches."""
@@ -261,9 +276,15 @@ class Split:
 
 
 @lru_cache(maxsize=2)
-def _read_names(path: Path) -> list[str]:
-    data = zstandard.ZstdDecompressor().decompress(path.read_bytes(), max_output_size=1 << 32)
-    return data.decode("utf-8", "surrogateescape").split("\n")
+def _read_names(path: Path, documents: int) -> list[str]:
+    """The names of all documents of a shard. Raises ValueError, ZstdError for a file that is not as it was written."""
+    packed = path.read_bytes()
+    if zstandard.frame_content_size(packed) > documents * MOST_NAME_BYTES:
+        raise ValueError("names of more documents than there are")
+    names = zstandard.ZstdDecompressor().decompress(packed).decode("utf-8", "surrogateescape").split("\n")[:-1]
+    if len(names) != documents:
+        raise ValueError(f"{len(names)} names of {documents} documents")
+    return names
 
 
 @dataclass(frozen=True)

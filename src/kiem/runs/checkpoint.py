@@ -229,7 +229,7 @@ def step_of(path: Path) -> int:
 
 def clean(run: Path) -> None:
     """Remove what interrupted writes left, and put back a checkpoint whose replacement never arrived."""
-    for folder in (Path(run), _folder(run)):
+    for folder in (Path(run), _folder(run), Path(run) / "tokenizer"):
         for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
             if entry.name.startswith(REPLACED):
                 original = folder / entry.name.removeprefix(REPLACED)

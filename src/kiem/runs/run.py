@@ -159,7 +159,7 @@ class Run:
         try:
             found = Tokenizer.load(self.folder / "tokenizer")
         except DataError as error:
-            problem = f" ({error})"
+            problem = f" ({error})" if os.path.lexists(self.folder / "tokenizer") else " (it is missing)"
         if found is None or self.state.get("tokenizer") not in (None, found.digest):
             raise CheckpointError(
                 f"{self.folder / 'tokenizer'} is not the tokenizer that this run was trained with: it was changed, "
@@ -183,24 +183,28 @@ class Run:
             return found
         if not changed_text:
             raise self.changed(found)
+        what, now = f"the text of {self.folder} has changed since it was trained", "the text as it is now"
+        if self._is_text_of(found):
+            what, now = self._other_tokens(found), "the tokens that are there"
         if found.tokenizer.digest != self.tokenizer.digest:
             found = prepared(self.with_own_tokenizer(config), progress)
-        warnings.warn(
-            f"{self._what_changed(found)} since it was trained: this is the held-out part of the text as it is now, "
-            "and the run may have been trained on some of it",
-            KiemWarning,
-            stacklevel=3,
-        )
+        warnings.warn(f"{what}. It may have been trained on what is held out of {now}", KiemWarning, stacklevel=3)
         return found
 
-    def _what_changed(self, now: "Dataset") -> str:
-        """Why tokens are not those of the run. Their folder is named by the contents of the text and the settings."""
-        if now.path.name == self.state.get("data_folder"):
-            return (
-                f"the text of {self.folder} has not changed, but the tokens in {now.path} are others (changed, or made "
-                "by another version of a library; delete that folder to have them made again)"
-            )
-        return f"the text of {self.folder} has changed"
+    def _is_text_of(self, tokens: "Dataset") -> bool:
+        """Whether they were made from its text: their folder is named by the contents and the settings."""
+        return tokens.path.name == self.state.get("data_folder")
+
+    def _other_tokens(self, now: "Dataset") -> str:
+        """Why tokens of its own text are not those of the run, and what helps."""
+        return (
+            f"{self.folder}: its text has not changed, but the tokens in {now.path} are not those that it was trained "
+            f"on ({self._fingerprints(now)}): somebody changed them, or another version of a library made them. Delete "
+            f"{now.path}: they are made again from the text"
+        )
+
+    def _fingerprints(self, now: "Dataset") -> str:
+        return f"fingerprint {str(self.state.get('data'))[:12]}, now {now.fingerprint[:12]}"
 
     def with_own_tokenizer(self, config: RunConfig, **data: Any) -> RunConfig:
         """The configuration with the tokenizer of this run, and other values of `data`."""
@@ -209,11 +213,12 @@ class Run:
 
     def changed(self, now: "Dataset") -> DataError:
         """The refusal of tokens that are not those of the run."""
+        fork = f"kiem train {shell_word(self.folder)} --fork {shell_word(f'{self.folder}-2')}"
+        if self._is_text_of(now):
+            return DataError(f"{self._other_tokens(now)}. Or train on those, from this run's weights: {fork}")
         return DataError(
-            f"{self.folder}: {self._what_changed(now)} since it was trained (fingerprint "
-            f"{str(self.state.get('data'))[:12]}, now {now.fingerprint[:12]}). Bring the text back, or train on the "
-            "text as it is now, from this run's weights: "
-            f"kiem train {shell_word(self.folder)} --fork {shell_word(f'{self.folder}-2')}"
+            f"{self.folder}: its text has changed since it was trained ({self._fingerprints(now)}). Bring the text "
+            f"back, or train on it as it is now, from this run's weights: {fork}"
         )
 
     def _kept_dataset(self, cache: Path) -> "Dataset | None":
