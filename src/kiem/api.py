@@ -294,7 +294,7 @@ def _prepare(config: RunConfig, quiet: bool) -> "Dataset":
     with _counting(quiet) as progress:
         dataset = runs.prepared(config, progress)
     for text in data_lines(dataset.report):
-        StatusLine(not quiet).line(printable(text))
+        StatusLine(not quiet).line(printable(text), fit="words")
     return dataset
 
 

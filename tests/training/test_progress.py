@@ -138,6 +138,31 @@ def test_bar_and_estimate_are_seen_on_a_narrow_terminal(monkeypatch, columns):
     assert "ETA 25 min" in frame and "━" in frame and "50 %" in frame and len(frame) < columns
 
 
+def test_permanent_lines_on_a_narrow_terminal(monkeypatch):
+    """Sentences break between words, a line of a sample is one row; paths and commands are left whole, to be copied."""
+    monkeypatch.setenv("COLUMNS", "60")
+    out = Terminal()
+    command = "kiem train " + "/a/long/path" * 6 + " --fork " + "/another/path" * 6
+    scores = {"loss": 4.5181, "perplexity": 91.66, "bits_per_byte": 1.9841, "eval_tokens": 256, "seconds": 0.002}
+    with Progress(1000, 10, stream=out) as progress:
+        progress.eval({"step": 8, **scores})
+        progress.sample(SAMPLE | {"text": "f(" + "x" * 70 + "\n" + "日本" * 40})
+        progress.note(command)
+    StatusLine(stream=out).line(
+        "text: 1 document, 17.8 KiB; 4.61k tokens to train on, 644 tokens held out", fit="words"
+    )
+    rows = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).split("\n")
+    assert command in rows
+    rows.remove(command)
+    assert all(sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in row) <= 60 for row in rows), rows
+    assert rows[:2] == [
+        "eval at step 8: held-out loss 4.5181, perplexity 91.66, ",
+        "1.9841 bits per byte (256 tokens in 2.00 ms)",
+    ]
+    assert rows[3] == "  | def f(" + "x" * 49 + "…" and rows[4].endswith("…") and len(rows) == 8
+    assert rows[5].endswith("644 ") and rows[6] == "tokens held out"
+
+
 def test_a_status_line_is_written_over_and_taken_away():
     out = Terminal()
     line = StatusLine(stream=out, seconds=0.0)

@@ -18,6 +18,13 @@ SECONDS_BETWEEN_FRAMES = 0.1
 PLAIN_SECONDS = (2.0, 60.0)
 SAMPLE_LINES, SAMPLE_LINE_CHARACTERS = 12, 100
 BAR_CELLS, NARROW_BAR_CELLS = 12, 6
+# What becomes of a line that is wider than the terminal: it flows over the edge, so that what is copied from it is
+# whole; it breaks between words; it is cut.
+FITS: dict[str, dict[str, Any]] = {
+    "flow": {"soft_wrap": True},
+    "words": {},
+    "cut": {"no_wrap": True, "overflow": "ellipsis"},
+}
 
 
 class Progress:
@@ -84,6 +91,7 @@ class Progress:
             f"({'all ' if record.get('part') == 'whole' else ''}{plural(record['eval_tokens'], 'token')} in "
             f"{seconds_text(record['seconds'])})",
             style="bold",
+            fit="words",
         )
 
     def save(self, record: Mapping[str, Any]) -> None:
@@ -97,7 +105,7 @@ class Progress:
         lines = text.rstrip().split("\n")
         for line in lines[:SAMPLE_LINES]:
             cut = line if len(line) <= SAMPLE_LINE_CHARACTERS else line[: SAMPLE_LINE_CHARACTERS - 3] + "..."
-            self._out.line(f"  | {cut}".rstrip(), style="dim")
+            self._out.line(f"  | {cut}".rstrip(), style="dim", fit="cut")
         if len(lines) > SAMPLE_LINES:
             self._out.line(f"  | ... {plural(len(lines) - SAMPLE_LINES, 'more line')} in samples.jsonl", style="dim")
 
@@ -163,9 +171,9 @@ class StatusLine:
             self._shown = time.monotonic()
             self._out.draw(self._parts)
 
-    def line(self, text: str, style: str = "") -> None:
-        """A permanent line."""
-        self._out.line(printable(text), style)
+    def line(self, text: str, style: str = "", fit: str = "flow") -> None:
+        """A permanent line. `fit`: see `FITS`."""
+        self._out.line(printable(text), style, fit)
 
     def clear(self) -> None:
         """Take the line away."""
@@ -236,14 +244,14 @@ class _Output:
     def width(self) -> int:
         return self._console.width if self._console is not None else 10**6
 
-    def line(self, text: str, style: str = "") -> None:
-        """One permanent line, in a terminal above the live one."""
+    def line(self, text: str, style: str = "", fit: str = "flow") -> None:
+        """One permanent line, in a terminal above the live one. `fit`: see `FITS`."""
         if self._quiet:
             return
         if self._console is not None and self.live:
             from rich.text import Text
 
-            self._console.print(Text(text, style=style), soft_wrap=True)
+            self._console.print(Text(text, style=style), **FITS[fit])
         else:
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
             self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
