@@ -1,6 +1,7 @@
 """Tokenizers: exact round trips, stable ids, files that transformers reads, clear words for what cannot be encoded."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from kiem.data.foreign import bytes_of_tokens, measure
 from kiem.data.loader import validation_batches
 from kiem.data.prepare import prepare
 from kiem.data.tokenizer import EOT, Tokenizer, _byte_alphabet, bytes_tokenizer, chars_tokenizer, train_bpe
+from kiem.data.trial import LONGEST_WAIT, try_out
 from kiem.errors import DataError
 
 TEXTS = ["def f(x):\n    return x + 12345\n", "The cat's hat, 2026.\r\n\r\n\tÜber straße 東京 🙂\n"] * 20
@@ -233,7 +235,11 @@ BAD_TOKENIZERS = {
     "no vocabulary": (lambda p: foreign(p, wordpiece(), model={"vocab": {}}, added_tokens=[]), ""),
     "no unknown token": (lambda p: foreign(p, wordpiece(), model={"unk_token": "[MISSING]"}), "MISSING|UNK"),
     "ids far apart": (lambda p: foreign(p, wordpiece(), model={"vocab": {"[UNK]": 0, "a": 9_000_000}}), "ids"),
-    "an id of 2^31": (lambda p: foreign(p, wordpiece(), model={"vocab": {"[UNK]": 0, "a": 2**31}}), ""),
+    "an id of 2^31": (lambda p: foreign(p, wordpiece(), model={"vocab": {"[UNK]": 0, "a": 2**31}}), "ids"),
+    "an added token of id 2^31": (
+        lambda p: foreign(p, wordpiece(), added_tokens=[{"id": 2**31, "content": "x", "special": True}]),
+        "ids",
+    ),
     "a costly regex": (
         lambda p: foreign(
             p,
@@ -264,6 +270,24 @@ def test_a_bad_tokenizer_is_refused_in_words(tmp_path, name):
         return
     with pytest.raises(DataError, match=rf"bad\.json.*({says})"):
         Tokenizer.load(file)
+
+
+def test_a_vocab_json_of_giant_ids_is_refused_before_the_library_has_it(tmp_path):
+    vocabulary = {c: b for b, c in enumerate(_byte_alphabet())}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | {"ab": 2**31}))
+    (tmp_path / "merges.txt").write_text("a b\n")
+    with pytest.raises(DataError, match=r"ids go up to 2,147,483,648, for 257 entries"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_takes_too_long_is_given_up(tmp_path):
+    """The trial has limits of its own, whatever was found by reading the file."""
+    file = foreign(tmp_path / "bad.json", wordpiece(), model={"vocab": {"[UNK]": 0, "a": 2**31}})
+    start = time.perf_counter()
+    with pytest.raises(DataError, match=r"bad\.json: (loading it .* takes more than|the tokenizers library aborts)"):
+        try_out(file)
+    assert time.perf_counter() - start < LONGEST_WAIT + 5
 
 
 def test_an_end_of_text_that_is_no_token(tmp_path):

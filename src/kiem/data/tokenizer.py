@@ -194,6 +194,7 @@ class Tokenizer:
         if file.is_file():
             text = _read_text(file)
             if not trusted and not _plain(text):
+                _check_ids(file, text)
                 try_out(file)
             return _loaded(file, folder, lambda: _core(file, text))
         vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
@@ -284,13 +285,31 @@ def _check_spec(spec: dict[str, Any], n_entries: int, vocab_size: int) -> None:
     """Refuse what cannot serve as a tokenizer of training text."""
     if not n_entries:
         raise DataError("its vocabulary is empty")
-    if vocab_size > min(MOST_ENTRIES, 4 * n_entries + 10_000):
-        raise DataError(f"its ids go up to {vocab_size - 1:,}, for {n_entries:,} entries: ids must count from 0")
+    _check_largest(vocab_size - 1, n_entries)
     if spec["model"].get("dropout"):
         raise DataError(
             f"it has BPE dropout ({spec['model']['dropout']}), so that the same text gives other tokens each time: set "
             "model.dropout to null in its tokenizer.json"
         )
+
+
+def _check_largest(largest: int, n_entries: int) -> None:
+    if largest >= min(MOST_ENTRIES, 4 * n_entries + 10_000):
+        raise DataError(f"its ids go up to {largest:,}, for {n_entries:,} entries: ids must count from 0")
+
+
+def _check_ids(file: Path, text: str) -> None:
+    """Refuse ids for which the library would take memory by the gigabyte; whatever else is wrong is found later."""
+    try:
+        spec = json.loads(text)
+        ids = [*spec["model"]["vocab"].values(), *(token["id"] for token in spec["added_tokens"])]
+        largest = max(ids, default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return
+    try:
+        _check_largest(largest, len(ids))
+    except DataError as error:
+        raise DataError(f"tokenizer {file}: {error}") from None
 
 
 def _loaded(path: Path, folder: Path, make: Callable[[], Any]) -> Tokenizer:
@@ -353,6 +372,7 @@ def _gpt2_core(vocabulary_file: Path, merges_file: Path) -> Any:
         vocabulary = read_json(vocabulary_file, LARGEST_FILE)
         lines = (line.rstrip("\r") for line in _read_text(merges_file).split("\n"))
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        _check_largest(max(vocabulary.values(), default=0), len(vocabulary))
         core = _byte_level_core(None, vocabulary, merges)
     except DataError:
         raise
