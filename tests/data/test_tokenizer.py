@@ -272,10 +272,12 @@ def test_a_bad_tokenizer_is_refused_in_words(tmp_path, name):
         Tokenizer.load(file)
 
 
-def test_a_vocab_json_of_giant_ids_is_refused_before_the_library_has_it(tmp_path):
+def test_a_vocab_json_of_giant_ids_is_refused_before_the_library_has_it(tmp_path, monkeypatch):
+    """It would take memory for every id below."""
     vocabulary = {c: b for b, c in enumerate(_byte_alphabet())}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | {"ab": 2**31}))
     (tmp_path / "merges.txt").write_text("a b\n")
+    monkeypatch.setattr("kiem.data.tokenizer._byte_level_core", lambda *_: pytest.fail("the library has it"))
     with pytest.raises(DataError, match=r"ids go up to 2,147,483,648, for 257 entries"):
         Tokenizer.load(tmp_path)
 
