@@ -9,6 +9,7 @@ import torch
 
 from kiem.cli import main as cli
 from kiem.errors import NumericsError
+from kiem.planning import predict
 from kiem.runs.metrics import read_metrics
 from kiem.training import loop
 
@@ -24,6 +25,9 @@ def kiem(tmp_path, monkeypatch, capfd):
     """kiem(arguments...) -> (exit code, standard error), in a folder with a text."""
     monkeypatch.setenv("KIEM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("kiem.runtime.matmul_rate", lambda *_, **__: 1e9)
+    plan = predict.plan
+    monkeypatch.setattr(predict, "plan", lambda config, measure: plan(config, measure=False))
+    monkeypatch.setattr("kiem.api.SAMPLES_AT_ENDS", 1)
     monkeypatch.chdir(tmp_path)
     lines = [f"{i} squared is {i * i}, and the line before it says {i - 1}\n" for i in range(1000)]
     (tmp_path / "text.txt").write_text("".join(lines))
@@ -118,7 +122,7 @@ def explodes(monkeypatch):
 
 
 def test_an_explosion_stops_the_run_and_both_ways_on_are_possible(kiem, tmp_path, explodes):
-    code, err = kiem(*new(120, "train.sample_every=1000", "train.eval_every=1000"))
+    code, err = kiem(*new(120, "train.sample_every=1000", "train.eval_every=1000", "train.save_every=10"))
     assert code == 5 and "since step 41" in err and "The run was stopped" in err
     for option, folder in (("--fork", f"{RUN}-2"), ("train.stop_on_divergence=false", RUN)):
         done, said = kiem(*advised(err, option), "-q")
@@ -128,4 +132,4 @@ def test_an_explosion_stops_the_run_and_both_ways_on_are_possible(kiem, tmp_path
 
 
 def test_the_watch_can_be_set_from_the_start(kiem, tmp_path, explodes):
-    assert kiem(*new(120, "train.stop_on_divergence=false", "train.eval_every=1000"))[0] == 0
+    assert kiem(*new(120, "train.stop_on_divergence=false", "train.eval_every=1000", "train.save_every=10"))[0] == 0
