@@ -66,13 +66,36 @@ def test_standard_error_that_cannot_be_written_is_no_matter(kiem, monkeypatch, c
             assert cli.main(words) == code
 
 
-@pytest.mark.parametrize(("redirect", "code"), [("> /dev/full", 7), (">&-", 7), ("2>&-", 0), ("2> /dev/full", 0)])
-def test_the_installed_program(redirect, code):
+@pytest.mark.parametrize(
+    ("redirect", "code"),
+    [
+        ("> /dev/full", 7),
+        (">&-", 7),
+        ("2>&-", 0),
+        ("2> /dev/full", 0),
+        ("> /dev/full 2> /dev/full", 7),
+        ("<&- >&- 2>&-", 7),
+        ("<&-", 0),
+    ],
+)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "plan gpt2-124m --no-measure",
+        "completion bash",
+        "--help",
+        pytest.param("explain adds.py", marks=pytest.mark.slow),
+        pytest.param("verify adds.py -q", marks=pytest.mark.slow),
+    ],
+)
+def test_the_installed_program(tmp_path, words, redirect, code):
     """Through the interpreter's own end, which flushes the streams once more."""
-    command = f"{sys.executable} -m kiem plan gpt2-124m --no-measure {redirect}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    (tmp_path / "adds.py").write_text("import torch\nx = torch.ones(2, requires_grad=True)\n(x * 3).sum().backward()\n")
+    command = f"{sys.executable} -m kiem {words} {redirect}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == code
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert ("standard output cannot be written" in done.stderr) == (code == 7 and "2>" not in redirect)
 
 
 def test_json_of_any_text_and_number(capsys):
