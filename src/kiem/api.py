@@ -199,7 +199,7 @@ def plan(
         tokens = sum(split.n_tokens for split, _ in dataset.train)
         often = planned.config.train.tokens / max(tokens, 1)
         planned.notes.append(
-            f"the text has {count_of(tokens, 'token')} to train on: seen {number_text(often, 2)} times"
+            f"the training text has {count_of(tokens, 'token')}: each is seen {number_text(often, 2)} times"
         )
     return planned
 

@@ -85,7 +85,7 @@ def select_device(name: str) -> "torch.device":
         index = int(name.partition(":")[2] or 0)
         if index >= count:
             raise ConfigError(
-                f"device: {name} was asked for and this machine has {count} CUDA devices: use auto or cpu"
+                f"device: {name} was requested, but this machine has {count} CUDA devices: use auto or cpu"
             )
     return torch.device(name)
 

@@ -123,7 +123,7 @@ def test_texts_without_lines_or_of_equal_lines_are_divided_too(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
     dataset, train, held = split(config(tmp_path / "a.txt"), tmp_path / "cache")
     assert sorted("".join(train + held)) == sorted(text) and train and held
-    repeats = "the text repeats itself, so copies of them are in the training text"
+    repeats = "the text repeats itself, so the training text holds copies of them"
     assert (repeats in dataset.report["validation"]["rule"]) == (len(text) > 2)
 
 

@@ -78,7 +78,7 @@ BAD_FILES = [
     ("bad.txt", "ünd\n".encode() + b"\xff\n", ", line 2: not UTF-8 (byte 0xff at offset 5)", "ünd\n�\n"),
     ("cut.txt", b"ab\n\xe2\x82", ", line 2: not UTF-8 (byte 0xe2 at offset 3)", "ab\n�"),
     ("nul.txt", b"a\nb\0c", ", line 2: binary file, not text (NUL byte at offset 3)", None),
-    ("wide.txt", "text".encode("utf-16")[:-1], ": not valid UTF-16, which its first bytes say it is", None),
+    ("wide.txt", "text".encode("utf-16")[:-1], ": not valid UTF-16, which its first bytes declare", None),
     ("cut.txt.gz", gzip.compress(os.urandom(2000).hex().encode())[:-900], ": truncated gzip file", "some"),
     ("not.txt.gz", b"plain text", ": damaged gzip file", None),
     ("cut.txt.zst", zstandard.compress(os.urandom(2000).hex().encode())[:-900], ": truncated zstd file", None),
@@ -110,7 +110,7 @@ BAD_RECORDS = [
     (b'{"body": "a", "id": 1}', "no field 'text', it has 'body', 'id': set data.text_key=FIELD", None),
     (b'{"text": null}', "field 'text' is null, not text", None),
     (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9 at byte 13 of the record)", "caf�"),
-    (rb'{"text": "a\ud800"}', "half of a surrogate pair (U+D800) is not text", "a�"),
+    (rb'{"text": "a\ud800"}', "a lone surrogate (U+D800) is not text", "a�"),
     (b"[" * 100_000, "not a JSON record (too deeply nested)", None),
     (b'{"text": ' + b"9" * 6000 + b"}", "field 'text' is a number, not text", None),
     (

@@ -244,7 +244,7 @@ def test_a_manifest_that_is_not_one_is_noticed(tmp_path, text):
     (newest / "manifest.json").write_bytes(text)
     path, problems = checkpoint.latest(tmp_path)
     assert path.name == "step-00000001"
-    assert "manifest.json: not as it was written" in problems[0]
+    assert "manifest.json: changed since it was written" in problems[0]
 
 
 def test_a_checkpoint_under_another_name(tmp_path):

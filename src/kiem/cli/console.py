@@ -58,8 +58,8 @@ class _Output:
             return self._try(name, arguments[0].encode(encoding, "backslashreplace").decode(encoding))
         except OSError as problem:
             raise OutputError(
-                f"standard output cannot be written: {problem.strerror or problem}. What was to be done is done; only "
-                "its result could not be printed. Run it again with another output, or redirect it to a file"
+                f"cannot write to standard output: {problem.strerror or problem}. The work itself is done; only its "
+                "output was lost. Redirect it to a file, or run it again"
             ) from problem
 
     def __getattr__(self, name: str) -> Any:

@@ -10,15 +10,25 @@ from kiem.cli.console import StatusLine, print_json, print_rich, to_stderr
 @click.command(context_settings={"show_default": True})
 @click.argument("target")
 @click.argument("arguments", nargs=-1)
-@click.option("--wrt", "leaves", multiple=True, metavar="NAME", help="Show the chain rule to this tensor. Repeatable.")
+@click.option(
+    "--wrt",
+    "leaves",
+    multiple=True,
+    metavar="NAME",
+    help="Show the chain rule with respect to this tensor. Repeatable.",
+)
 @click.option("--call", type=int, default=-1, help="Number of the backward pass, from 1; -1 is the last.")
 @click.option("--tensors", is_flag=True, help="List all tensors.")
 @click.option("--operations", is_flag=True, help="List all operations.")
 @click.option("--backward", is_flag=True, help="List the nodes of the backward pass in order.")
 @click.option("--all", "whole", is_flag=True, help="Do not shorten long lists.")
-@click.option("--eager", is_flag=True, help="Run compiled functions uncompiled, to look inside them.")
+@click.option("--eager", is_flag=True, help="Run torch.compile'd functions eagerly, to see inside them.")
 @click.option(
-    "--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="Write a page to explore it offline."
+    "--html",
+    "page",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Write an interactive page; it works offline.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def explain(target, arguments, leaves, call, tensors, operations, backward, whole, eager, page, as_json) -> None:
@@ -54,9 +64,11 @@ def explain(target, arguments, leaves, call, tensors, operations, backward, whol
 @click.command()
 @click.argument("target")
 @click.argument("arguments", nargs=-1)
-@click.option("--eager", is_flag=True, help="Run compiled functions uncompiled, to look inside them.")
-@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="Write the page, with verdicts.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress line, and no program that reproduces an error.")
+@click.option("--eager", is_flag=True, help="Run torch.compile'd functions eagerly, to see inside them.")
+@click.option(
+    "--html", "page", type=click.Path(dir_okay=False), metavar="FILE", help="Write the interactive page, with verdicts."
+)
+@click.option("--quiet", "-q", is_flag=True, help="No progress line and no program to reproduce an error.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdicts as JSON.")
 def verify(target, arguments, eager, page, quiet, as_json) -> None:
     """Check every gradient of a PyTorch program, on its own data, device and data types.

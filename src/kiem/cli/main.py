@@ -18,9 +18,9 @@ from kiem.format import printable, shortened
 
 EXIT_CODES = """
 \b
-Exit codes: 0 done, 1 a wrong gradient, a program that failed, or a bug of Kiem, 2 arguments or configuration,
+Exit codes: 0 done, 1 a wrong gradient, a failed program, or a bug in Kiem, 2 arguments or configuration,
             3 text or tokenizer, 4 checkpoint or run folder,
-            5 a number that is not finite, 6 run folder in use, 7 disk, 8 gradients right but not all checked,
+            5 a non-finite number, 6 run folder in use, 7 disk, 8 nothing wrong found, not everything checked,
             130 stopped and saved.
 """
 

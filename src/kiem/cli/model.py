@@ -36,9 +36,7 @@ def evaluate(run, data, device, quiet, as_json) -> None:
         print_json(asdict(found))
     else:
         bits = found.bits_per_byte
-        per_byte = (
-            "no bits per byte (the tokenizer loses text)" if bits is None else f"{number_text(bits)} bits per byte"
-        )
+        per_byte = "no bits per byte (lossy tokenizer)" if bits is None else f"{number_text(bits)} bits per byte"
         click.echo(
             f"loss {number_text(found.loss)} nats per token, perplexity {number_text(found.perplexity, 2)}, "
             f"{per_byte} "
@@ -50,13 +48,13 @@ def evaluate(run, data, device, quiet, as_json) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Text to continue; '-' reads standard input. Default: the start of a document.")
 @click.option("--max-tokens", type=int, default=200, show_default=True)
-@click.option("--temperature", type=float, default=0.8, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-k", type=int, help="Only the K likeliest tokens.")
-@click.option("--top-p", type=float, help="Only the likeliest tokens that make up this probability.")
+@click.option("--temperature", type=float, default=0.8, show_default=True, help="0 always takes the most likely token.")
+@click.option("--top-k", type=int, help="Sample from the K most likely tokens.")
+@click.option("--top-p", type=float, help="Sample from the most likely tokens that together reach this probability.")
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
-@click.option("--stop", multiple=True, help="End before this text. Repeatable.")
-@click.option("--seed", type=int, help="The same text each time.")
-@click.option("--n", "n", type=int, default=1, show_default=True, help="How many texts.")
+@click.option("--stop", multiple=True, help="Stop before this text. Repeatable.")
+@click.option("--seed", type=int, help="Seed of the sampling; the same seed gives the same text.")
+@click.option("--n", "n", type=int, default=1, show_default=True, help="Number of texts.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 def generate(

@@ -66,7 +66,7 @@ def train(target, overrides, quiet, as_json, **options) -> None:
 
 @click.command()
 @click.argument("sources", nargs=-1, metavar="[SOURCE]... [KEY=VALUE]...")
-@click.option("--config", type=click.Path(path_type=Path), help="Take the data section of this file.")
+@click.option("--config", type=click.Path(path_type=Path), help="Config file whose data section is used.")
 @click.option("--tokenizer", help=TOKENIZER)
 @output_options
 def prepare(sources, config, tokenizer, quiet, as_json) -> None:
@@ -111,7 +111,9 @@ def prepare(sources, config, tokenizer, quiet, as_json) -> None:
 @click.argument("target", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--depth", type=int, help="Number of layers of the default family.")
-@click.option("--data", "data", multiple=True, metavar="PATH[=WEIGHT]", help="The text, which is prepared. Repeatable.")
+@click.option(
+    "--data", "data", multiple=True, metavar="PATH[=WEIGHT]", help="Training text, prepared first. Repeatable."
+)
 @click.option("--minutes", type=float, help="Target wall-clock time; the length follows from it.")
 @click.option("--no-measure", is_flag=True, help="Skip timing on this machine.")
 @output_options

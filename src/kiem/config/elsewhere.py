@@ -72,8 +72,9 @@ def _open(values: Mapping[str, Any]) -> Translation | None:
     return Translation(
         "",
         problems=[
-            f"{', '.join(keys)} belong{'s' if len(keys) == 1 else ''} to models that are not GPT-2, and nothing says "
-            f"to which: give {', '.join(missing)} (a Llama has {example}), or model_type ({', '.join(FAMILIES)})"
+            f"{', '.join(keys)} belong{'s' if len(keys) == 1 else ''} to model families other than GPT-2, and "
+            f"nothing says which: give {', '.join(missing)} (a Llama has {example}), or model_type "
+            f"({', '.join(FAMILIES)})"
         ],
     )
 
@@ -141,7 +142,7 @@ def _nanogpt(values: Mapping[str, Any], form: str) -> Translation:
     known = {*_NANOGPT_MODEL, *_NANOGPT_TRAIN, *_NANOGPT_COUNTS, *_NANOGPT_IRRELEVANT}
     unknown = [str(key) for key in values if key not in known | {"bias", "min_lr", "decay_lr", "init_from"}]
     if unknown:
-        found.problems.append(f"{', '.join(unknown[:5])[:120]}: not a key of nanoGPT: remove it")
+        found.problems.append(f"{', '.join(unknown[:5])[:120]}: not a nanoGPT key: remove it")
     return found
 
 
@@ -172,7 +173,7 @@ def _nanogpt_training(values: Mapping[str, Any], found: Translation) -> None:
     if decay != tokens:
         found.problems.append(
             f"lr_decay_iters {counts['lr_decay_iters']} is not max_iters {counts['max_iters']}: Kiem's cosine ends "
-            "with the training: make them equal"
+            "when training ends: make them equal"
         )
     peak, least = values.get("learning_rate", 6e-4), values.get("min_lr", 6e-5)
     found.values |= {

@@ -233,8 +233,8 @@ def _unknown_keys(hf: Mapping[str, Any], family: Family, found: Translation) -> 
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         found.problems.append(
-            f"{', '.join(key[:60] for key in unknown[:5])}{more}: not known of {found.what}: remove what does not "
-            "change the model"
+            f"{', '.join(key[:60] for key in unknown[:5])}{more}: not known of {found.what}: remove the keys that "
+            "do not change the model"
         )
 
 
@@ -282,7 +282,9 @@ def _read_rotary(hf: Mapping[str, Any], found: Translation) -> None:
     found.problems += [f"{key}: {problem}" for problem in problems]
     partial = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if partial not in (None, 1):
-        found.problems.append(f"partial_rotary_factor {_shown(partial)}: Kiem turns whole heads only")
+        found.problems.append(
+            f"partial_rotary_factor {_shown(partial)}: Kiem applies rotary embeddings to whole heads only"
+        )
 
 
 _SCALING_KEYS = {

@@ -129,7 +129,7 @@ def _read_text(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{path}: is larger than 256 KiB, which no configuration is: give a configuration file")
+        raise ConfigError(f"{path}: is larger than 256 KiB, too large for a configuration: give a configuration file")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -242,7 +242,7 @@ class Loader(yaml.SafeLoader):
         text = str(self.construct_scalar(node))
         if not form.match(text):
             raise yaml.constructor.ConstructorError(
-                None, None, f"{_short(repr(text))} is not a {what}, which its tag says", node.start_mark
+                None, None, f"{_short(repr(text))} is not a {what}, as its tag says", node.start_mark
             )
         return text
 
@@ -312,7 +312,8 @@ def _bound(root: yaml.Node, name: str) -> None:
         known = sizes[id(node)]
         if known is None:
             raise ConfigError(
-                f"{name}:{node.start_mark.line + 1}: an alias (*) points to what it is part of: write the values out"
+                f"{name}:{node.start_mark.line + 1}: an alias (*) refers to a value that contains it: write the "
+                "values out"
             )
         return known
 

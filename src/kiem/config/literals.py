@@ -160,7 +160,9 @@ class _Reader:
             case ast.AnnAssign(target=ast.Name(id=target), value=ast.expr() as value):
                 pass
             case _:
-                raise self._refused(node, "would have to be run: a configuration is only read; keep its values alone")
+                raise self._refused(
+                    node, "would have to be executed, and a configuration is only read: keep just its values"
+                )
         if _is_whole(value):
             found.append((target, node.lineno, self._written(value)))
             self.names.pop(target, None)
@@ -188,7 +190,7 @@ class _Reader:
                 case ast.AnnAssign() | ast.Pass() | ast.Expr(value=ast.Constant(value=str())):
                     continue
                 case _:
-                    raise self._refused(statement, "would have to be run: keep the fields and their values alone")
+                    raise self._refused(statement, "would have to be executed: keep just the fields and their values")
         return fields
 
     def _value(self, node: ast.expr) -> Any:
@@ -223,7 +225,7 @@ class _Reader:
         left, right = self._value(node.left), self._value(node.right)
         apply = _ARITHMETIC.get(type(node.op))
         if apply is None or not all(_is_number(value) and abs(value) < 2**63 for value in (left, right)):
-            raise self._refused(node, "is not a value: nothing is computed but +, -, * and / of numbers")
+            raise self._refused(node, "is not a value: only +, -, * and / of numbers are computed")
         try:
             return apply(left, right)
         except ZeroDivisionError:

@@ -38,9 +38,9 @@ class ModelConfig(Config):
     """A decoder-only transformer."""
 
     vocab_size: int = Field(
-        DERIVED, ge=2, le=4_000_000, description="entries of the token embedding; default the tokenizer's, the least"
+        DERIVED, ge=2, le=4_000_000, description="rows of the token embedding; default and minimum: the tokenizer's"
     )
-    context_length: int = Field(ge=2, le=4_194_304, description="most tokens the model sees at once")
+    context_length: int = Field(ge=2, le=4_194_304, description="maximum number of tokens the model sees at once")
     emb_dim: int = Field(ge=1, le=65_536, description="width of the residual stream")
     n_heads: int = Field(
         ge=1, le=1_024, description="attention heads; emb_dim is divisible by it unless head_dim is set"
@@ -52,12 +52,12 @@ class ModelConfig(Config):
     qkv_bias: bool = Field(False, description="bias on the query, key and value projections")
 
     hidden_dim: int = Field(
-        DERIVED, ge=1, le=1_048_576, description="width inside the feed-forward; default 4 * emb_dim"
+        DERIVED, ge=1, le=1_048_576, description="hidden width of the feed-forward; default 4 * emb_dim"
     )
     n_kv_heads: int = Field(DERIVED, ge=1, le=1_024, description="key and value heads (grouped-query); default n_heads")
     head_dim: int = Field(DERIVED, ge=1, le=1_024, description="width of one head; default emb_dim / n_heads")
     norm: Norm = Field("layernorm", description="normalization before each branch and at the end")
-    norm_eps: float = Field(1e-5, gt=0.0, le=0.1, description="added to the variance inside the norm")
+    norm_eps: float = Field(1e-5, gt=0.0, le=0.1, description="epsilon of the norms, added to the variance")
     norm_bias: bool = Field(DERIVED, description="bias of the norms; default true with layernorm, rmsnorm has none")
     activation: Activation = Field("gelu_tanh", description="swiglu has a gate matrix beside the up matrix")
     position: Position = Field("learned", description="learned position embeddings, or rotary (RoPE)")
@@ -67,7 +67,9 @@ class ModelConfig(Config):
     rope_scaling: RopeScaling = Field(
         "none", description="linear: positions / rope_factor; llama3: only long wavelengths are stretched, smoothly"
     )
-    rope_factor: float = Field(DERIVED, ge=1.0, le=1e6, description="how far rope_scaling stretches wavelengths")
+    rope_factor: float = Field(
+        DERIVED, ge=1.0, le=1e6, description="factor by which rope_scaling stretches wavelengths"
+    )
     rope_original_context_length: int = Field(
         DERIVED, ge=1, le=4_194_304, description="context that llama3's scaling starts from; default context_length"
     )
@@ -148,7 +150,7 @@ _SCALED = {  # rope_scaling -> the fields that it uses
 def _rope_problems(model: ModelConfig) -> list[str]:
     problems, used = [], _SCALED[model.rope_scaling]
     if model.position == "rope" and model.head_dim is not None and model.head_dim % 2:
-        problems.append(f"head_dim {model.head_dim} is odd: rotary positions turn pairs, use an even head_dim")
+        problems.append(f"head_dim {model.head_dim} is odd, and rotary embeddings rotate pairs: use an even head_dim")
     if model.position == "learned" and model.rope_base is not None:
         problems.append("rope_base has no effect with position 'learned': remove it, or set position: rope")
     if model.position == "learned" and used:

@@ -190,7 +190,7 @@ class Draft:
         elif path not in names.schema():
             self._unknown(section, str(name), where)
         elif path in self.origin and path not in names.SECTIONS:
-            self.problems.append(f"{where}: {name} is another name of {path}, which is given too: keep one")
+            self.problems.append(f"{where}: {name} is another name for {path}, which is also given: keep one")
         else:
             self._assign(path, value, where, spoken=False)
 
@@ -241,7 +241,7 @@ class Draft:
             return
         close = difflib.get_close_matches(name, PRESETS, n=1)
         self.problems.append(
-            f"{where}: model is {describe(name)}, which is no preset: "
+            f"{where}: model is {describe(name)}, which is not a preset: "
             + (f"did you mean {close[0]}?" if close else f"presets are {', '.join(PRESETS)}")
         )
         self.meant.add("model")
@@ -395,12 +395,12 @@ def _without_effect(config: RunConfig) -> list[str]:
     data, train, found = config.data, config.train, []
     if data.tokenizer_vocab_size is not None and data.tokenizer != "bpe":
         found.append(
-            "data.tokenizer_vocab_size has no effect with another tokenizer than bpe, as it has its own size: "
+            "data.tokenizer_vocab_size has no effect with a tokenizer other than bpe, which has its own size: "
             "remove it, or set data.tokenizer: bpe"
         )
     default = DataConfig.model_fields["validation_fraction"].default
     if data.validation is not None and data.validation_fraction != default:
-        found.append("data.validation_fraction has no effect beside data.validation: remove one")
+        found.append("data.validation_fraction has no effect together with data.validation: remove one")
     if train.cooldown == "none" and train.final_lr_fraction != 0.0:
         found.append("train.final_lr_fraction has no effect with cooldown 'none': remove it, or set cooldown: linear")
     return found

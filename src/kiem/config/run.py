@@ -95,7 +95,7 @@ class TrainConfig(Config):
         DERIVED,
         ge=1,
         le=MOST_TOKENS,
-        description="tokens to train on in all, rounded up to whole steps",
+        description="total tokens to train on, rounded up to whole steps",
         json_schema_extra=IDENTITY,
     )
     batch_tokens: int = Field(DERIVED, ge=2, le=10**9, description="tokens per update", json_schema_extra=IDENTITY)
@@ -103,7 +103,7 @@ class TrainConfig(Config):
         DERIVED,
         ge=2,
         le=10**9,
-        description="tokens per forward pass; the rest accumulates",
+        description="tokens per forward pass; gradients accumulate over the batch",
         json_schema_extra=EXECUTION,
     )
     optimizer: Literal["muon", "adamw"] = Field(
@@ -118,38 +118,45 @@ class TrainConfig(Config):
         json_schema_extra=IDENTITY,
     )
     weight_decay: float = Field(
-        DERIVED, ge=0.0, le=10.0, description="decoupled, on matrices only", json_schema_extra=IDENTITY
+        DERIVED, ge=0.0, le=10.0, description="decoupled weight decay, on matrices only", json_schema_extra=IDENTITY
     )
     beta1: float = Field(0.9, ge=0.0, lt=1.0, json_schema_extra=IDENTITY)
     beta2: float = Field(0.95, ge=0.0, lt=1.0, json_schema_extra=IDENTITY)
     max_grad_norm: float = Field(
-        1.0, ge=0.0, le=1e6, description="clip the gradient's global norm to this; 0 is off", json_schema_extra=IDENTITY
+        1.0, ge=0.0, le=1e6, description="clip the gradient's global norm to this; 0: off", json_schema_extra=IDENTITY
     )
     warmup_tokens: int = Field(
-        DERIVED, ge=0, description="linear rise of the learning rate from 0", json_schema_extra=IDENTITY
+        DERIVED,
+        ge=0,
+        description="tokens over which the learning rate rises linearly from 0",
+        json_schema_extra=IDENTITY,
     )
     cooldown_tokens: int = Field(
-        DERIVED, ge=0, description="fall of the learning rate at the end", json_schema_extra=IDENTITY
+        DERIVED, ge=0, description="tokens over which the learning rate falls, at the end", json_schema_extra=IDENTITY
     )
     cooldown: Literal["none", "linear", "cosine"] = Field(
-        "linear", description="shape of the fall", json_schema_extra=IDENTITY
+        "linear", description="shape of the cooldown", json_schema_extra=IDENTITY
     )
     final_lr_fraction: float = Field(
-        0.0, ge=0.0, le=1.0, description="of the peak learning rate, at the last token", json_schema_extra=IDENTITY
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="learning rate at the last token / peak learning rate",
+        json_schema_extra=IDENTITY,
     )
     init: Literal["gpt2", "zero_output"] = Field(
         DERIVED,
-        description="initial weights: as GPT-2, or blocks that begin as the identity; default zero_output with muon",
+        description="initial weights: as GPT-2, or blocks that start as the identity; default zero_output with muon",
         json_schema_extra=IDENTITY,
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="auto: bfloat16 where the processor has it",
+        description="auto: bfloat16 where the hardware supports it",
         json_schema_extra=EXECUTION,
     )
     compile: bool = Field(
         False,
-        description="torch.compile the model: a start of seconds to minutes for a faster step",
+        description="torch.compile the model: seconds to minutes at the start, then faster steps",
         json_schema_extra=EXECUTION,
     )
     activation_checkpointing: bool = Field(
@@ -161,7 +168,7 @@ class TrainConfig(Config):
         None,
         pattern=r"^[1-9][0-9]*(,[1-9][0-9]*)*$",
         max_length=4000,
-        description="steps, such as 1205,1206, whose batch is replaced by another: for one that cannot be trained on",
+        description="steps, such as 1205,1206, whose batch is replaced by another, if training fails on it",
         json_schema_extra=EXECUTION,
     )
     stop_on_divergence: bool = Field(
@@ -173,13 +180,13 @@ class TrainConfig(Config):
     eval_tokens: int = Field(
         DERIVED,
         ge=1,
-        description="at most so many held-out tokens in an evaluation on the way",
+        description="maximum number of held-out tokens per evaluation during training",
         json_schema_extra=EXECUTION,
     )
     sample_every: int = Field(DERIVED, ge=1, description="steps between samples", json_schema_extra=EXECUTION)
     save_every: int = Field(DERIVED, ge=1, description="steps between checkpoints", json_schema_extra=EXECUTION)
     keep_checkpoints: int = Field(
-        2, ge=1, le=10_000, description="newest checkpoints that stay on disk", json_schema_extra=EXECUTION
+        2, ge=1, le=10_000, description="number of newest checkpoints kept on disk", json_schema_extra=EXECUTION
     )
     tensorboard: bool = Field(
         False, description="also write TensorBoard files (needs kiem[tensorboard])", json_schema_extra=EXECUTION
@@ -211,13 +218,17 @@ class RunConfig(Config):
         None,
         ge=1,
         le=128,
-        description="the dial: layers of the default family; sets everything else",
+        description="layers of the default family; everything else follows from it",
         json_schema_extra=IDENTITY,
     )
     data: DataConfig = Field(default_factory=DataConfig, json_schema_extra=IDENTITY)
     train: TrainConfig = Field(default_factory=TrainConfig)
     seed: int = Field(
-        0, ge=0, lt=2**63, description="of initial weights, data order, dropout and samples", json_schema_extra=IDENTITY
+        0,
+        ge=0,
+        lt=2**63,
+        description="seed of initial weights, data order, dropout and samples",
+        json_schema_extra=IDENTITY,
     )
     device: str = Field(
         "auto",

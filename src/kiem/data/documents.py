@@ -81,12 +81,12 @@ class _Reader:
             line = self._answers.get(timeout=LONGEST_WAIT)
         except queue.Empty:
             self.close()
-            return {"error": f"reading it takes more than {LONGEST_WAIT} s"}
+            return {"error": f"reading it took more than {LONGEST_WAIT} s"}
         except OSError:
             line = b""
         if not line:
             self.close()
-            return {"error": "the library that reads it ended with it, or it needs too much memory"}
+            return {"error": "the library that reads it crashed, or it needs too much memory"}
         answer: dict[str, str | None] = json.loads(line)
         return answer
 

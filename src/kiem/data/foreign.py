@@ -30,7 +30,7 @@ def child(path: str) -> None:
         tokenizer = Tokenizer.load(path, trusted=True)
         for text in _TEXTS:
             if tokenizer.encode(text) != tokenizer.encode(text):
-                raise DataError("the same text gives other tokens each time")
+                raise DataError("the same text gives different tokens each time")
             tokenizer.decode(tokenizer.encode(text))
         tokenizer.save  # noqa: B018
         _ = tokenizer.token_bytes
@@ -72,8 +72,8 @@ class Loss:
         before, after = self.example or ("", "")
         unknown = f"{100 * self.unknown_share:.2g} % of it is unknown to it or dropped; " if self.unknown_share else ""
         return (
-            f"the tokenizer loses text: {unknown}{before!r} comes back as {after!r}. The loss is of what it keeps: "
-            "bits per byte cannot be compared with those of other models"
+            f"the tokenizer loses text: {unknown}{before!r} comes back as {after!r}. The loss covers only what it "
+            "keeps: bits per byte cannot be compared with other models"
         )
 
 
@@ -95,8 +95,8 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Loss:
     share = unknown / total if total else 0.0
     if share > MOST_UNKNOWN:
         raise DataError(
-            f"the tokenizer does not know {100 * share:.0f} % of the text (its unknown token stands for it, or nothing "
-            "does): use one that was made for such text, or bpe"
+            f"the tokenizer does not know {100 * share:.0f} % of the text (replaced by its unknown token, or "
+            "dropped): use a tokenizer made for such text, or bpe"
         )
     return Loss(example is None and not unknown, share, example)
 

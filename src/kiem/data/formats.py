@@ -27,15 +27,15 @@ PROBLEMS = {
     "special": ("is no regular file", "are no regular files"),
     "unreadable": ("file cannot be read", "files cannot be read"),
     "damaged": ("compressed or table file is damaged", "compressed or table files are damaged"),
-    "encoding": ("file is in another encoding than UTF-8", "files are in another encoding than UTF-8"),
+    "encoding": ("file is not in UTF-8", "files are not in UTF-8"),
     "not UTF-8": ("document is not valid UTF-8", "documents are not valid UTF-8"),
     "record": ("record is not a JSON object", "records are not JSON objects"),
     "no text": ("record has no text", "records have no text"),
     "chat": ("record is a chat", "records are chats"),
     "too long": ("record is too long", "records are too long"),
-    "converted": ("document was turned into text", "documents were turned into text"),
+    "converted": ("document was converted to text", "documents were converted to text"),
     "needs": ("file needs another library", "files need another library"),
-    "surrogate": ("text has half of a surrogate pair", "texts have half of a surrogate pair"),
+    "surrogate": ("text has a lone surrogate", "texts have a lone surrogate"),
 }
 
 
@@ -129,7 +129,7 @@ class Rule:
         if self.strict:
             where = origin if line is None else f"{origin}, line {line}"
             raise DataError(
-                f"{where}: {what}. Mend or remove it, or set data.on_bad_text to skip (leave such "
+                f"{where}: {what}. Fix or remove it, or set data.on_bad_text to skip (leave such "
                 "documents out) or replace (read bad bytes as U+FFFD)."
             )
         self.report(problem)

@@ -68,7 +68,7 @@ class Scan:
         if self.rule == "hash":
             return (
                 f"{self.held_documents:,} of {self.documents:,} documents, by a hash of their text; exact copies "
-                "together (near copies were not looked for among so many)"
+                "together (there are too many documents to look for near copies)"
             )
         if self.rule == "documents":
             return (
@@ -76,7 +76,7 @@ class Scan:
                 "copies together"
             )
         copies = (
-            "the text repeats itself, so copies of them are in the training text"
+            "the text repeats itself, so the training text holds copies of them"
             if self.repeats
             else "copies and near copies together"
         )

@@ -166,7 +166,7 @@ def _storage(cache: Path) -> Iterator[None]:
         if error.errno in NOT_WRITABLE:
             raise StorageError(
                 f"{error.filename or cache}: {error.strerror}. The tokens of the text are kept in {cache}: make room "
-                "there or choose another folder. What is complete stays, and preparing goes on from it."
+                "there or choose another folder. What is complete is kept; preparing continues from there."
             ) from None
         raise
 
@@ -193,7 +193,7 @@ def _scan(job: _Job, folder: Path) -> tuple[list[Scan], Problems, Tokenizer, Los
             found = problems.count - before[-1]
             first = problems.first[-1:] if found == 1 else problems.first[before[-1] : before[-1] + 1]
             because = f" ({found:,} problem{'s' * (found != 1)}, such as: {Problem(**first[0])})" if first else ""
-            raise DataError(f"source {job.sources[number].path}: no text in it that can be used{because}")
+            raise DataError(f"source {job.sources[number].path}: it holds no usable text{because}")
         before.append(problems.count)
 
     scans = scan_sources(
@@ -314,8 +314,8 @@ def _encode_source(
         write_json(folder / _note_name(number, len(done) - 1), {"shards": done[-1], "next": start, "ended": ended})
     if sum(shard["bytes"] for pair in done for shard in pair) != scan.bytes:
         raise ChangedError(
-            f"source {job.sources[number].path}: changed while it was read, or cannot be read any more. "
-            "Run again when nothing writes to it."
+            f"source {job.sources[number].path}: changed while it was read, or can no longer be read. Run again "
+            "when nothing writes to it."
         )
     return done
 

@@ -35,7 +35,7 @@ def read_jsonl(item: Item, text_key: str, rule: Rule) -> Iterator[Document]:
         kept = "the records before it are kept, the rest is left out"
         rule.bad("damaged", item.name, number + 1, str(damage), kept)
     except UnicodeError as error:
-        rule.bad("not UTF-8", item.name, number + 1, f"not the encoding that its byte order mark says ({error})")
+        rule.bad("not UTF-8", item.name, number + 1, f"not in the encoding that its byte order mark declares ({error})")
 
 
 def read_json(item: Item, text_key: str, rule: Rule) -> Iterator[Document]:
@@ -192,7 +192,7 @@ def field_document(value: Any, text_key: str, name: str, number: int, rule: Rule
         _no_text(value, text_key, name, number, rule)
         return
     if bad := next((c for c in value if "\ud800" <= c <= "\udfff"), None) if not value.isascii() else None:
-        what = f"half of a surrogate pair (U+{ord(bad):04X}) is not text"
+        what = f"a lone surrogate (U+{ord(bad):04X}) is not text"
         rule.bad("surrogate", name, number, what, "read as U+FFFD" if rule.replaces else "left out")
         if not rule.replaces:
             return

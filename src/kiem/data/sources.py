@@ -94,7 +94,7 @@ def _found(path: str, given: Path, report: Report) -> list[tuple[str, Path]]:
         return [(str(given), given)]
     if given.is_dir():
         if given.resolve().parent == given.resolve():
-            raise DataError(f"source {path}: this is the whole file system: give the folders that hold your text")
+            raise DataError(f"source {path}: this is the whole file system: give the folders with your text")
         found = set(_walk(given, report))
         if not found:
             raise DataError(
@@ -157,7 +157,7 @@ def _special(path: Path) -> str:
         return "a socket"
     if path.is_block_device() or path.is_char_device():
         return "a device"
-    return "a link that leads nowhere" if path.is_symlink() else "not a regular file"
+    return "a broken link" if path.is_symlink() else "not a regular file"
 
 
 def _walk(
@@ -192,9 +192,7 @@ def _walk(
 def _standard_library() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     if not root.is_dir():
-        raise DataError(
-            f"source python: this Python has no folder of its standard library ({root}): give a path to text"
-        )
+        raise DataError(f"source python: this Python has no standard library folder ({root}): give a path to text")
     skip = frozenset({"site-packages", "dist-packages", "__pycache__"})
     files = [
         file
@@ -274,7 +272,7 @@ def _as_text(items: list[Item], cache: Path | None, report: Report) -> list[Item
     for index, text in zip(wanted, texts, strict=True):
         name, digest = items[index].name, items[index].digest
         if isinstance(text, str):
-            report(Problem(name, None, f"cannot be turned into text ({text})", "left out", "unreadable"))
+            report(Problem(name, None, f"cannot be converted to text ({text})", "left out", "unreadable"))
             found[index] = None
             continue
         kind = "the text of a notebook" if name.endswith(".ipynb") else "the text in it"
@@ -284,8 +282,8 @@ def _as_text(items: list[Item], cache: Path | None, report: Report) -> list[Item
     kept = [item for item in found if item is not None]
     if items and not kept:
         raise DataError(
-            f"source {items[0].name}: no text in it that can be read. Web pages, PDF and Word files need "
-            f"{documents.INSTALL}; scanned pages have no text"
+            f"source {items[0].name}: it holds no readable text. Web pages, PDF and Word files need "
+            f"{documents.INSTALL}; scanned pages hold no text"
         )
     return kept
 
@@ -297,7 +295,9 @@ def _dataset(path: str, cache: Path | None) -> Item:
     try:
         import datasets
     except ImportError:
-        raise DataError(f"source {path}: Hugging Face data sets need datasets: pip install 'kiem[hub]'") from None
+        raise DataError(
+            f"source {path}: Hugging Face datasets need the datasets library: pip install 'kiem[hub]'"
+        ) from None
     name, config, split = _dataset_name(path)
     try:
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
@@ -309,11 +309,11 @@ def _dataset(path: str, cache: Path | None) -> Item:
     except Exception as error:  # the library raises whatever its many readers raise
         reason = f"it has no split {split!r}, but {sorted(rows)}" if isinstance(error, KeyError) else str(error).strip()
         raise DataError(
-            f"source {path}: {reason or type(error).__name__}. The form is hf:NAME[:CONFIG][:SPLIT], NAME "
-            "being a data set of the hub or a local folder."
+            f"source {path}: {reason or type(error).__name__}. The form is hf:NAME[:CONFIG][:SPLIT], where NAME is "
+            "a dataset on the hub or a local folder."
         ) from None
     if len(rows) == 0:
-        raise DataError(f"source {path}: the data set has no rows")
+        raise DataError(f"source {path}: the dataset has no rows")
     return Item(path, "dataset", None, _rows_digest(rows, cache), rows=rows)
 
 

@@ -69,7 +69,7 @@ def read_text(item: Item, rule: Rule) -> Iterator[Document]:
         try:
             flaw = _find_flaw(utf8_blocks(blocks(), encoding))
         except UnicodeError:
-            flaw = _Flaw("not UTF-8", f"not valid {encoding.upper()}, which its first bytes say it is", None, False)
+            flaw = _Flaw("not UTF-8", f"not valid {encoding.upper()}, which its first bytes declare", None, False)
         if flaw is None:
             rule.report(
                 formats.Problem(item.name, None, f"its encoding is {encoding}", f"read as {encoding}", "encoding")

@@ -188,7 +188,7 @@ class Tokenizer:
         """
         path = Path(path).expanduser()
         if len(os.fsencode(path.name)) > 255:
-            raise DataError(f"tokenizer {path}: no file can have so long a name. Use bpe, bytes, chars, or a path.")
+            raise DataError(f"tokenizer {path}: the name is too long for a file. Use bpe, bytes, chars, or a path.")
         folder = path if path.is_dir() else path.parent
         file = path / "tokenizer.json" if path.is_dir() else path
         if file.is_file():
@@ -211,8 +211,8 @@ class Tokenizer:
             at = min(text.index(c) for c in unknown)
             raise DataError(
                 f"the character tokenizer does not know {text[at]!r} (U+{ord(text[at]):04X}, character {at} of the "
-                f"text; {len(unknown)} unknown in all): it knows the {len(self._alphabet)} characters of the text it "
-                "was made from. Use tokenizer bpe or bytes, which know every text."
+                f"text; {len(unknown)} unknown in all): it knows the {len(self._alphabet)} characters of the text "
+                "it was built from. Use tokenizer bpe or bytes, which encode any text."
             )
 
 
@@ -288,7 +288,8 @@ def _check_spec(spec: dict[str, Any], n_entries: int, vocab_size: int) -> None:
     _check_largest(vocab_size - 1, n_entries)
     if spec["model"].get("dropout"):
         raise DataError(
-            f"it has BPE dropout ({spec['model']['dropout']}), so that the same text gives other tokens each time: set "
+            f"it has BPE dropout ({spec['model']['dropout']}), so that the same text gives different tokens each "
+            "time: set "
             "model.dropout to null in its tokenizer.json"
         )
 

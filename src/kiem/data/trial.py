@@ -35,7 +35,7 @@ def _reason(file: Path, size: int, mtime_ns: int) -> str | None:
             [sys.executable, "-c", _CHILD, source, str(file)], capture_output=True, timeout=LONGEST_WAIT, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"loading it and encoding a few texts takes more than {LONGEST_WAIT} s"
+        return f"loading it and encoding a few texts took more than {LONGEST_WAIT} s"
     if done.returncode == 0:
         return None
     try:
@@ -44,7 +44,7 @@ def _reason(file: Path, size: int, mtime_ns: int) -> str | None:
         pass
     last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
     if done.returncode in (-9, -24, 137, 152):  # SIGKILL and SIGXCPU of the limits
-        return f"loading it and encoding a few texts takes more than {SECONDS} s of processor time"
+        return f"loading it and encoding a few texts took more than {SECONDS} s of processor time"
     if any("panicked" in line or "memory" in line for line in done.stderr.decode(errors="replace").splitlines()):
         last = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()][:1]
-    return f"the tokenizers library aborts with it ({(last or ['no message'])[0][:200]})"
+    return f"the tokenizers library crashed on it ({(last or ['no message'])[0][:200]})"

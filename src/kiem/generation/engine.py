@@ -125,7 +125,7 @@ class LanguageModel:
         except UnicodeEncodeError as error:
             raise ConfigError(
                 f"text has a character that is not Unicode text ({text[error.start]!a} at position "
-                f"{error.start}): a part of a surrogate pair, or input that is not UTF-8"
+                f"{error.start}): a lone surrogate, or input that is not UTF-8"
             ) from None
         return [self.tokenizer.eot_id, *self.tokenizer.encode(text)]
 

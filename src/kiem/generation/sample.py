@@ -37,9 +37,11 @@ class Sampling:
         problems = []
         t = self.temperature
         if not is_number(t) or not (t == 0 or 1e-4 <= t <= 100):
-            problems.append(f"temperature {t!r}: use 0 (always the likeliest token) or a number from 0.0001 to 100")
+            problems.append(f"temperature {t!r}: use 0 (always the most likely token) or a number from 0.0001 to 100")
         if self.top_k is not None and not (is_whole(self.top_k) and self.top_k >= 1):
-            problems.append(f"top_k {self.top_k!r}: use a whole number from 1 (of tokens to choose among), or omit it")
+            problems.append(
+                f"top_k {self.top_k!r}: use a whole number from 1 (the number of tokens to choose from), or omit it"
+            )
         if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
             problems.append(f"top_p {self.top_p!r}: use a number above 0 and at most 1, or leave it out")
         penalty = self.repetition_penalty

@@ -113,7 +113,7 @@ def require_family(config: ModelConfig) -> Family:
     if name is not None:
         return FAMILIES[name]
     needs = "\n".join(f"  {f.name} needs {'; '.join(misfits(f, config))}" for f in FAMILIES.values() if f.written)
-    raise ConfigError(f"this model is in no family that other software runs; to be in one:\n{needs}")
+    raise ConfigError(f"no other software runs this model; to match a family it knows:\n{needs}")
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:

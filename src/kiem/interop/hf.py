@@ -60,7 +60,7 @@ def from_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str,
         raise CheckpointError("tensor lm_head.weight differs from the token embedding: set tie_embeddings: false")
     if rest:
         raise CheckpointError(
-            f"the weights hold tensors that a {family.name} model of this config has no place for: "
+            f"the weights hold tensors that a {family.name} model of this config does not have: "
             f"{', '.join(sorted(rest)[:5])}{' ...' if len(rest) > 5 else ''}"
         )
     return ours

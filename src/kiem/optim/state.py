@@ -23,7 +23,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, saved
     problems = [f"{name} is missing" for name in wanted if name not in saved]
     problems += [f"{name} belongs to no parameter that trains" for name in saved if name not in wanted]
     problems += [
-        f"{name} has shape {list(saved[name].shape)}, and this run needs {list(value.shape)}"
+        f"{name} has shape {list(saved[name].shape)}, but this run needs {list(value.shape)}"
         for name, value in wanted.items()
         if name in saved and saved[name].shape != value.shape
     ]
@@ -31,7 +31,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, saved
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise CheckpointError(
             f"the checkpoint's optimizer state does not fit this run: {'; '.join(problems[:5])}{more}. "
-            "Resume with the run's own configuration, or start a new run from the weights"
+            "Resume with the run's own configuration, or start a new run from its weights"
         )
     with torch.no_grad():
         for name, value in wanted.items():

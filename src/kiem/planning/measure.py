@@ -80,7 +80,7 @@ def measure_speed(config: RunConfig) -> Speed:
 
     if model.n_layers <= 3 or rows * expected(model) < WHOLE_SECONDS:
         cost, scale = _cost(config, model, rows, repetitions=5), 1.0
-        method = "the whole model was timed"
+        method = "timed on the whole model"
     else:
         one = model.model_copy(update={"n_layers": 1})
         few_rows = max(1, min(rows, int(ROWS_SECONDS / expected(one))))

@@ -175,7 +175,7 @@ def _plan(report: dict[str, Any]) -> str:
 
 def _samples(report: dict[str, Any]) -> str:
     if not report["samples"]:
-        return _section("Samples", "<p>No samples were drawn.</p>")
+        return _section("Samples", "<p>No samples were generated.</p>")
     rates = report["python_samples"]
     parts = []
     if rates:
@@ -229,7 +229,7 @@ def _data(report: dict[str, Any]) -> str:
     """Amounts, sources and problems of the prepared text (data/prepare.py)."""
     data = report["data"]
     if not isinstance(data, dict) or not data:
-        return _section("Data", "<p>The facts of the data were not at hand when this report was written.</p>")
+        return _section("Data", "<p>The text's facts were not available when this report was written.</p>")
     validation = data.get("validation")
     parts = [
         _table(

@@ -325,7 +325,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         whole = False
     if not whole:
-        raise _damaged(path, [f"{MANIFEST}: not as it was written"])
+        raise _damaged(path, [f"{MANIFEST}: changed since it was written"])
     if manifest.get("version") != VERSION:
         raise NewerFormatError(
             f"the checkpoint {path} has format version {manifest.get('version')!r:.40}; this Kiem reads version "
@@ -345,7 +345,7 @@ def _not_a_manifest(manifest: dict[str, Any]) -> str | None:
     if type(step) is not int or step < 0:
         return "its step is not a number of updates"
     if not isinstance(files, dict) or not all(_FILE.fullmatch(name) for name in files):
-        return "its list of files is not one"
+        return "its list of files is not a list"
     for name, of in files.items():
         if not isinstance(of, dict) or type(of.get("bytes")) is not int or not isinstance(of.get("sha256"), str):
             return f"{name} has no size or checksum"

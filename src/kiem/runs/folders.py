@@ -55,7 +55,7 @@ def holds(run: Run, wanted: RunConfig, any_length: bool = False) -> bool:
             )
         return True
     if os.path.lexists(run.folder) and not os.path.isdir(run.folder):
-        raise ConfigError(f"{run.folder}: is a file, the folder of a run was expected: choose another with --out")
+        raise ConfigError(f"{run.folder}: is a file, not a run folder: choose another with --out")
     if not run.is_empty:
         raise ConfigError(f"{run.folder}: the folder exists and holds files: choose another with --out")
     _check_place(run.folder)
@@ -96,7 +96,7 @@ def forked(run: Run, new: Run, overrides: Sequence[str], options: Mapping[str, A
     changed = with_whole_paths(read_config(base, overrides, options))
     if changed.data.tokenizer != before.data.tokenizer:
         raise ConfigError(
-            f"--fork {new.folder}: a fork keeps the tokenizer of {run.folder}, which its weights belong to: leave "
+            f"--fork {new.folder}: a fork keeps the tokenizer of {run.folder}, which its weights need: leave "
             "data.tokenizer out, or start a new run without --fork"
         )
     same_text = changed.data == before.data

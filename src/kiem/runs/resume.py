@@ -46,7 +46,7 @@ def check_options(run: "Run", out: str | Path | None, minutes: float | None) -> 
             f"weights: kiem train {shell_word(run.folder)} --fork {shell_word(out)}"
         )
     if minutes is not None:
-        raise ConfigError(f"--minutes: {run.folder} has its length already: give --tokens to make it longer")
+        raise ConfigError(f"--minutes: {run.folder} already has its length: give --tokens to make it longer")
 
 
 def take_up(run: "Run", config: RunConfig, dataset: "Dataset") -> Start:
@@ -61,8 +61,8 @@ def take_up(run: "Run", config: RunConfig, dataset: "Dataset") -> Start:
     found, problems = checkpoint.newest(run.folder)
     if found is None and problems:
         raise CheckpointError(
-            checkpoint.listed(f"the run {run.folder} has no whole checkpoint to resume from", problems)
-            + f"\nBring one back, or delete {run.folder / 'checkpoints'} to train from the beginning."
+            checkpoint.listed(f"the run {run.folder} has no complete checkpoint to resume from", problems)
+            + f"\nRestore one, or delete {run.folder / 'checkpoints'} to start training over."
         )
     if found is None:
         return Start()
@@ -80,7 +80,7 @@ def take_up(run: "Run", config: RunConfig, dataset: "Dataset") -> Start:
     start.notes += [f"changed: {key} from {old} to {new}" for key, (old, new) in changed.items()]
     start.notes.append(f"resumed from {start.checkpoint.path.name}")
     if _tokenizer_digest(run) not in (None, dataset.tokenizer.digest):
-        start.notes.append(f"{run.folder / 'tokenizer'} was not the run's tokenizer any more: it is written again")
+        start.notes.append(f"{run.folder / 'tokenizer'} was no longer the run's tokenizer: it was written again")
     return start
 
 
@@ -94,8 +94,10 @@ def changes(before: RunConfig, after: RunConfig, folder: Path) -> Changes:
         ways = f"start a new run in another folder, or keep the values of {folder}"
         if not any(key.startswith(("model.", "data.tokenizer")) for key in other):
             # with the weights that the run has now
-            ways = f"train it as a run of its own, from this one's weights: {fork_command(folder, changed, other)}"
-        raise ConfigError(f"{folder}: {was}. That decides what is learned, so it would be another run: {ways}")
+            ways = f"train it as a new run, from this one's weights: {fork_command(folder, changed, other)}"
+        raise ConfigError(
+            f"{folder}: {was}. That decides what is learned, so it would no longer be the same run: {ways}"
+        )
     check_length(before, after.train.tokens, folder)
     return changed
 
@@ -200,7 +202,7 @@ def _check_state(found: "Checkpoint") -> None:
         and {"model", "optimizer", "random"} <= found.tensors.keys()
     )
     if not whole:
-        raise CheckpointError(f"the checkpoint {found.path} lacks what a resume needs, or holds it in another form")
+        raise CheckpointError(f"the checkpoint {found.path} lacks what a resume needs, or holds it in the wrong form")
 
 
 def _numbers(watch: Any) -> bool:

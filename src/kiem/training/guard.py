@@ -100,8 +100,8 @@ class Watch:
             )
         if last > self._uniform + SMALL_RISE:
             return (
-                f"the loss ended at {last:.4f} nats per token, above {self._uniform:.4f} = ln(vocab_size), that of a "
-                "model that gives every token the same chance. The run diverged, or its learning rate is too high"
+                f"the loss ended at {last:.4f} nats per token, above {self._uniform:.4f} = ln(vocab_size), the loss "
+                "of a uniform guess. The run diverged, or its learning rate is too high"
             )
         return None
 
@@ -247,8 +247,8 @@ def first_nonfinite(objective: Objective, model: nn.Module, batch: Any) -> str:
             if search.found is None and (broken := nonfinite(named)):
                 search.found = f"backward: the gradient of {broken[0]}"
     return search.found or (
-        "not found: forward and backward of this batch alone are finite; the cause is in another "
-        "part of the step, in another draw of dropout, or in the hardware"
+        "not found: forward and backward of this batch alone are finite; the cause is elsewhere in the step, in a "
+        "different dropout mask, or in the hardware"
     )
 
 
@@ -286,7 +286,7 @@ class _Search:
             for tensor in _tensors(inputs):
                 self.label(tensor.grad_fn, self._stack[-1])
                 if self.found is None and (text := _nonfinite_text(tensor)):
-                    self.found = f"forward: {self._stack[-1]}, in its own code: what it gives to {label} has {text}"
+                    self.found = f"forward: {self._stack[-1]}, in its own code: its input to {label} has {text}"
             self._stack.append(label)
 
         return hook

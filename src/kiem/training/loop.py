@@ -194,7 +194,7 @@ class Trainer:
         values = " ".join(f"{key}={value}" for key, value in lower.items())
         again = f"{_command(good)} --fork {self.fork} {values}" if good else f"start a new run with {values}"
         return (
-            f"The run was stopped; its checkpoints are kept. With a lower learning rate: {again}. "
+            f"The run was stopped; its checkpoints are kept. To try a lower learning rate: {again}. "
             f"To train on regardless: {_command(self.folder)} train.stop_on_divergence=false"
         )
 
@@ -245,13 +245,13 @@ class Trainer:
     def explained(self, problem: NumericsError, batch: Batch, micro_batches: list[Batch]) -> NumericsError:
         """The refusal of a step with its place: step, documents, the first operation that is not finite."""
         causes = (guard.first_nonfinite(self.objective, self.model, part) for part in micro_batches)
-        cause = next((c for c in causes if not c.startswith("not found")), "not found in a repetition of the step")
+        cause = next((c for c in causes if not c.startswith("not found")), "not found when the step was repeated")
         reason = (
             f"step {self.step + 1}: {problem}. First place: {cause}. Documents of the batch: {_some(batch.documents)}"
         )
         self.record("stop", reason=reason, time=_now())
         path, _ = checkpoint.latest(self.folder)
-        kept = f"The last good state is {path}" if path else "No checkpoint was saved yet"
+        kept = f"The last good state is {path}" if path else "No checkpoint has been saved yet"
         skipped = ",".join(map(str, sorted({*self.skipped, self.step + 1})))
         ways = [f"without this batch: {_command(self.folder)} train.skip_batches={skipped}"]
         if self.model.compute_dtype != torch.float32:

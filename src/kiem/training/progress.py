@@ -82,9 +82,7 @@ class Progress:
     def eval(self, record: Mapping[str, Any]) -> None:
         """Print the line of an `eval` record."""
         bits = record["bits_per_byte"]
-        per_byte = (
-            "no bits per byte (the tokenizer loses text)" if bits is None else f"{number_text(bits)} bits per byte"
-        )
+        per_byte = "no bits per byte (lossy tokenizer)" if bits is None else f"{number_text(bits)} bits per byte"
         self._out.line(
             f"eval at step {integer_text(record['step'])}: held-out loss {number_text(record['loss'])}, "
             f"perplexity {number_text(record['perplexity'], 2)}, {per_byte} "
