@@ -47,7 +47,7 @@ def test_standard_output_that_cannot_be_written(kiem, place, monkeypatch, capfd,
     code = cli.main(words)
     monkeypatch.undo()
     err = capfd.readouterr().err
-    assert code == 7 and "standard output cannot be written" in err and "Traceback" not in err
+    assert code == 7 and "cannot write to standard output" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("words", COMMANDS[:1] + COMMANDS[4:5], ids=" ".join)

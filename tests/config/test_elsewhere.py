@@ -196,7 +196,7 @@ def test_a_nanogpt_config_file(write, name):
     ("n_layr = 3", ["n_layr"]),
     ("n_head = heads()", ["heads()", "not a value"]),
     ("batch_size = 'many'", ["batch_size is not a count"]),
-    ("exec(open('configurator.py').read())", ["configurator.py", "would have to be run"]),
+    ("exec(open('configurator.py').read())", ["configurator.py", "would have to be executed"]),
 ])  # fmt: skip
 def test_what_a_nanogpt_file_says_that_kiem_does_not_do(write, change, words):
     message = refused(write("train.py", CONFIG_FILE + change + "\n"))

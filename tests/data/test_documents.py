@@ -41,8 +41,8 @@ def test_what_cannot_be_converted_is_said_and_the_rest_is_read(tmp_path):
         (tmp_path / name).write_text(content)
     texts, problems = read(tmp_path, tmp_path / "cache")
     assert texts == ["good\n\n"] and len(problems) == 4
-    assert all("cannot be turned into text" in problem and problem.endswith("left out") for problem in problems[:3])
-    with pytest.raises(DataError, match="no text in it that can be read"):
+    assert all("cannot be converted to text" in problem and problem.endswith("left out") for problem in problems[:3])
+    with pytest.raises(DataError, match="it holds no readable text"):
         read(tmp_path / "c.ipynb", tmp_path / "cache")
 
 
@@ -51,7 +51,7 @@ def test_a_file_that_takes_too_long_is_left_out(tmp_path, monkeypatch):
     (tmp_path / "a.ipynb").write_text(notebook("text"))
     (tmp_path / "b.txt").write_text("text")
     texts, problems = read(tmp_path, tmp_path / "cache")
-    assert texts == ["text"] and "takes more than 0.0 s" in problems[0]
+    assert texts == ["text"] and "took more than 0.0 s" in problems[0]
 
 
 def test_without_the_library_the_command_that_installs_it_is_named(tmp_path, monkeypatch):

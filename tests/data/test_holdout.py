@@ -149,7 +149,7 @@ def test_too_many_documents_for_near_copies_are_still_divided_by_their_text(tmp_
     folder = folder_of(tmp_path / "text", 300, lambda i: prose(i % 290, 3))
     dataset, train, held = split(config(folder, validation_fraction=0.1), tmp_path / "cache")
     assert 12 <= len(held) <= 50 and not set(train) & set(held) and len(train) + len(held) == 300
-    assert "near copies were not looked for" in dataset.report["validation"]["rule"]
+    assert "too many documents to look for near copies" in dataset.report["validation"]["rule"]
     assert dataset.report["validation"]["documents"] == len(held)
 
 

@@ -153,7 +153,7 @@ def test_problems_are_in_the_report(tmp_path):
     assert "übecaf\ufffd" in texts(replaced, replaced.train[0][0])
     with pytest.raises(DataError, match=r"!bad\.txt, line 1: not UTF-8"):
         prepare(config(folder, on_bad_text="error"), 0, cache)
-    with pytest.raises(DataError, match=r"no text in it that can be used \(1 problem, such as: .*not UTF-8"):
+    with pytest.raises(DataError, match=r"it holds no usable text \(1 problem, such as: .*not UTF-8"):
         prepare(config(folder / "!bad.txt"), 0, cache)
 
 
@@ -240,7 +240,7 @@ def test_a_full_disk_is_said_and_gone_on_from(tmp_path, many_shards, monkeypatch
         return close(self)
 
     monkeypatch.setattr(module.ShardWriter, "close", full)
-    with pytest.raises(StorageError, match=r"No space left on device.*goes on from it"):
+    with pytest.raises(StorageError, match=r"No space left on device.*preparing continues"):
         prepare(data, 0, tmp_path / "b")
     assert contents(prepare(data, 0, tmp_path / "b").path) == expected
     (tmp_path / "file").write_text("")

@@ -255,7 +255,7 @@ def test_load_what_is_not_there(tmp_path, run):
         load(Run.at(tmp_path / "empty"))
     for step in (1, 2):
         (run / "checkpoints" / f"step-0000000{step}" / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         load(Run.at(run))
 
 

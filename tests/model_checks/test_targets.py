@@ -84,7 +84,7 @@ def test_a_run_is_its_newest_model_on_its_next_batch(run, tmp_path):
         load_program(str(run))
     for file in run.glob("checkpoints/*/manifest.json"):
         file.unlink()
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         load_program(str(run))
 
 

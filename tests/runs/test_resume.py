@@ -165,7 +165,7 @@ def test_the_only_checkpoint_damaged_is_never_trained_over(kiem, run):
     for path in checkpoint.newest_first(run):
         (path / "model.safetensors").write_bytes(b"damaged")
     code, _, err = kiem("train", "run", "-q")
-    assert code == 4 and "no whole checkpoint to resume from" in err and "delete run/checkpoints" in err
+    assert code == 4 and "no complete checkpoint to resume from" in err and "delete run/checkpoints" in err
 
 
 def test_a_damaged_newest_checkpoint_is_said_with_quiet_too(kiem, run):

@@ -398,8 +398,8 @@ def _read_manifest(path: Path) -> dict:
         told = checksum == _checksum(body)
     except FileNotFoundError:
         raise DataError(
-            f"{path}: not prepared data (no {MANIFEST}; it is written last, so preparing did not end). "
-            "Prepare the text again: it goes on where it stopped."
+            f"{path}: not prepared data (no {MANIFEST}; it is written last, so preparing did not finish). Prepare "
+            f"the text again: it continues where it stopped."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
@@ -410,7 +410,7 @@ def _read_manifest(path: Path) -> dict:
             "the text again."
         )
     if not told:
-        raise DataError(f"{path / MANIFEST}: damaged (its checksum does not fit). Delete {path} and prepare again.")
+        raise DataError(f"{path / MANIFEST}: damaged (checksum mismatch). Delete {path} and prepare again.")
     if not is_manifest(body):
         raise DataError(f"{path / MANIFEST}: not as Kiem writes it. Delete {path} and prepare again.")
     return body
@@ -431,7 +431,7 @@ def _verify(path: Path, shards: list[dict]) -> None:
         name for shard in shards for name, facts in shard["files"].items() if _sha256(path / name) != facts["sha256"]
     ]
     if bad:
-        raise DataError(f"{path}: damaged: {', '.join(bad)} (checksum does not fit). Delete {path} and prepare again.")
+        raise DataError(f"{path}: damaged: {', '.join(bad)} (checksum mismatch). Delete {path} and prepare again.")
 
 
 def check_shard(path: Path, shard: dict) -> bool:

@@ -289,8 +289,7 @@ def _check_spec(spec: dict[str, Any], n_entries: int, vocab_size: int) -> None:
     if spec["model"].get("dropout"):
         raise DataError(
             f"it has BPE dropout ({spec['model']['dropout']}), so that the same text gives different tokens each "
-            "time: set "
-            "model.dropout to null in its tokenizer.json"
+            "time: set model.dropout to null in its tokenizer.json"
         )
 
 

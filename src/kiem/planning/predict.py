@@ -314,8 +314,7 @@ def tokens_for_minutes(config: RunConfig, minutes: float, gone_seconds: float = 
         raise ConfigError(
             f"--minutes {minutes:g} is too short: {seconds_text(gone_seconds + measuring)} were spent on reading "
             f"text and measuring speed, {seconds_text(measuring + START_SECONDS + evaluating)} more go into the "
-            "start, "
-            f"evaluations, samples and saving, and one step takes {seconds_text(planned.step_seconds)} on this "
+            f"start, evaluations, samples and saving, and one step takes {seconds_text(planned.step_seconds)} on this "
             f"machine. Give at least --minutes {math.ceil(least * 10) / 10:g}, or a smaller model, train.batch_tokens "
             "or train.eval_tokens"
         )

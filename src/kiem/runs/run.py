@@ -217,8 +217,8 @@ class Run:
         if self._is_text_of(now):
             return DataError(f"{self._other_tokens(now)}. Or train on those, from this run's weights: {fork}")
         return DataError(
-            f"{self.folder}: its text has changed since it was trained ({self._fingerprints(now)}). Bring the text "
-            f"back, or train on it as it is now, from this run's weights: {fork}"
+            f"{self.folder}: its text has changed since it was trained ({self._fingerprints(now)}). Restore the text, "
+            f"or train on it as it is now, from this run's weights: {fork}"
         )
 
     def _kept_dataset(self, cache: Path) -> "Dataset | None":
