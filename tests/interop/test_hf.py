@@ -86,7 +86,7 @@ def test_published_gpt2_files_have_no_prefix_a_mask_buffer_and_half_precision():
         ),
         (
             lambda s: s.update({"transformer.h.2.ln_1.weight": torch.zeros(12)}),
-            ["transformer.h.2.ln_1.weight", "no place"],
+            ["transformer.h.2.ln_1.weight", "does not have"],
         ),
         (lambda s: s.update({"lm_head.weight": torch.zeros(23, 12)}), ["lm_head.weight", "tie_embeddings"]),
     ],

@@ -181,9 +181,7 @@ def test_tokens_for_minutes(speed, machine):
 
 def test_minutes_that_are_too_few_are_said_as_they_were_given(speed, machine):
     """What has passed counts, and as many minutes as are advised are enough."""
-    with pytest.raises(
-        ConfigError, match=r"--minutes 0\.5 is too short: 25\.\d s have gone into reading text"
-    ) as error:
+    with pytest.raises(ConfigError, match=r"--minutes 0\.5 is too short: 25\.\d s were spent on reading text") as error:
         predict.tokens_for_minutes(config(), 0.5, gone_seconds=25.0)
     advised = float(str(error.value).split("at least --minutes ")[1].split(",")[0])
     assert 0.6 < advised < 1.0

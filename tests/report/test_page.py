@@ -158,7 +158,7 @@ def test_a_run_without_anything_says_what_is_missing(page_of):
     Page(text)
     for said in (
         "No step has been logged yet",
-        "No samples were drawn",
+        "No samples were generated",
         "has not been evaluated yet",
         "plan.json is missing",
     ):

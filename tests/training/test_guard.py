@@ -282,7 +282,7 @@ def test_an_overflow_in_the_code_between_modules_is_its_owners():
     with torch.no_grad():
         model.tok_emb.weight[5, :] = 2e38
     assert first_nonfinite(NextToken(), model, batch()).startswith(
-        "forward: blocks.0 (Block), in its own code: what it gives to blocks.0.norm2 (LayerNorm) has "
+        "forward: blocks.0 (Block), in its own code: its input to blocks.0.norm2 (LayerNorm) has "
     )
 
 

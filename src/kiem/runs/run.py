@@ -97,7 +97,7 @@ class Run:
             return checkpoint.load(self.named, groups)
         found, problems = checkpoint.newest(self.folder, groups)
         if found is None:
-            raise CheckpointError("\n".join([f"the run {self.folder} has no whole checkpoint", *problems]))
+            raise CheckpointError("\n".join([f"the run {self.folder} has no complete checkpoint", *problems]))
         for problem in problems:
             warnings.warn(f"{problem}; {found.path.name} is used", KiemWarning, stacklevel=3)
         return found
